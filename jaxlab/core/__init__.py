@@ -2,5 +2,18 @@
 
 from jaxlab.core.contracts import Batch, Evaluator, Method, Network, Outputs, State, Stream, Variables
 from jaxlab.core.errors import UserError
+from jaxlab.core.resolve import build, resolve
 
-__all__ = ["Batch", "Evaluator", "Method", "Network", "Outputs", "State", "Stream", "UserError", "Variables"]
+__all__ = [
+    "Batch",
+    "Evaluator",
+    "Method",
+    "Network",
+    "Outputs",
+    "State",
+    "Stream",
+    "UserError",
+    "Variables",
+    "build",
+    "resolve",
+]

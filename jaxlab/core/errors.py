@@ -7,6 +7,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message names the field or file and how to mend it; commands exit with status 2."""
 
+    status = 2
+
 
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the accepted word nearest to `word`, or an empty string."""

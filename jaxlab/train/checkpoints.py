@@ -1,0 +1,192 @@
+"""Checkpoints through Orbax: asynchronous, atomic, verified when they are read."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxlab.core import UserError
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: it changes where and how fast, not what.
+NOT_COMPARED = ("backend", "data_dir", "devices", "max_to_keep", "steps_per_call")
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Each holds the state, its step, its config and a checksum of the state. The newest `max_to_keep` are
+    kept, and the best by `best_metric` where one is named.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        *,
+        max_to_keep: int = 2,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+    ):
+        self._directory = directory
+        self._config = config
+        policies = [checkpoint_managers.LatestN(max_to_keep)]
+        if best_metric:
+            sign = 1.0 if best_mode == "max" else -1.0
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: sign * metrics[best_metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._best_metric = best_metric
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                enable_async_checkpointing=True,
+            ),
+            item_names=("state", "about"),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: chex.ArrayTree, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts writing a checkpoint; returns once the state is copied.
+
+        `metrics` are those of an evaluation at this step, if there was one.
+        """
+        if step in self._manager.all_steps():
+            return
+        about = {"step": step, "config": dict(self._config), "checksum": int(checksum(state))}
+        best = {self._best_metric: metrics[self._best_metric]} if metrics and self._best_metric else None
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        self._guarded(lambda: self._manager.save(step, args=arguments, metrics=best, force=True))
+
+    def wait(self) -> None:
+        """Returns once everything is on the disk."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._guarded(self._manager.close)
+
+    def restore(self, abstract: chex.ArrayTree, step: int | None = None) -> tuple[int, chex.ArrayTree] | None:
+        """Reads the checkpoint of `step`, or the newest that can be read.
+
+        Unreadable ones are reported, moved aside and passed over.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          step: which checkpoint; the newest if None.
+
+        Returns:
+          The step and the state, or None if there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint is of another config, or `step` has no readable checkpoint.
+        """
+        if step is not None and step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self._directory}: no checkpoint of step {step}; there are: {have}.")
+        for candidate in [step] if step is not None else self.steps()[::-1]:
+            try:
+                return candidate, self._read(candidate, abstract)
+            except UserError:
+                raise
+            except Exception as error:  # whatever Orbax, TensorStore or JSON make of a damaged file
+                reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                if step is not None:
+                    raise UserError(f"{self._directory}/{step}: cannot be read ({reason}).") from error
+                self._move_aside(candidate, reason)
+        return None
+
+    def _read(self, step: int, abstract: chex.ArrayTree) -> chex.ArrayTree:
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        differing = differences(about["config"], self._config)
+        if differing:
+            raise UserError(
+                f"{self._directory}/{step}: checkpoint of another config: {'; '.join(differing)}."
+                " Use another workdir, or the config it was started with."
+            )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        ).state
+        if about["step"] != step:
+            raise ValueError(f"it says it is of step {about['step']}")
+        if about["checksum"] != int(checksum(restored)):
+            raise ValueError("its checksum does not fit its arrays")
+        return restored
+
+    def _move_aside(self, step: int, reason: str) -> None:
+        aside = self._directory.parent / "checkpoints.unreadable"
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.glob(f"{step}-*"))
+            (self._directory / str(step)).rename(aside / f"{step}-{number}")
+        logger.warning(
+            "checkpoint of step %d cannot be read (%s): moved to %s, using the one before",
+            step,
+            reason,
+            aside,
+        )
+        self._manager.reload()
+
+    def _guarded(self, write: Any) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax raises what its threads and TensorStore raised
+            reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+            raise UserError(
+                f"{self._directory}: writing a checkpoint failed ({reason});"
+                " free space or mend permissions, then run the same command again: it goes on from"
+                f" step {max(self._readable_steps(), default=0)}."
+            ) from error
+
+    def _readable_steps(self) -> list[int]:
+        return [int(path.name) for path in self._directory.glob("[0-9]*") if path.name.isdigit()]
+
+
+@jax.jit
+def checksum(tree: chex.ArrayTree) -> jax.Array:
+    """A uint32 over all bits of a tree, the same however the tree is laid over devices."""
+    total = jnp.uint32(0)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if leaf.dtype == jnp.bool_:
+            leaf = leaf.astype(jnp.uint8)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(leaf.dtype.itemsize, 4) * 8}"))
+        words = words.reshape(-1).astype(jnp.uint32)
+        # Odd weights that differ by position: a changed or misplaced word changes the sum.
+        weights = (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1) * jnp.uint32(2654435761)
+        total = total * jnp.uint32(31) + jnp.sum(words * weights, dtype=jnp.uint32) + jnp.uint32(number)
+    return total
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs, as "key: old → new", leaving out what does not change a result."""
+    old, new = (
+        dict(_flatten({k: v for k, v in config.items() if k not in NOT_COMPARED})) for config in (old, new)
+    )
+    return [
+        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key, KeyError) != new.get(key, KeyError)
+    ]
+
+
+def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        return [pair for key in value for pair in _flatten(value[key], f"{path}.{key}" if path else key)]
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
+        return [pair for i, v in enumerate(value) for pair in _flatten(v, f"{path}[{i}]")]
+    return [(path, list(value) if isinstance(value, tuple) else value)]

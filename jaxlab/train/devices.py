@@ -1,0 +1,178 @@
+"""The one place that knows of devices: the mesh `seed` × `data`, where arrays lie, several hosts."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlab.core import UserError
+
+SEED, DATA = "seed", "data"
+
+
+def initialize_hosts() -> None:
+    """Joins the other hosts of a multi-host run; does nothing on a single one.
+
+    On a TPU pod and under SLURM everything is found in the environment. Elsewhere the variables
+    COORDINATOR_ADDRESS (host:port), NUM_PROCESSES and PROCESS_ID say it.
+    """
+    if "COORDINATOR_ADDRESS" in os.environ:
+        missing = [name for name in ("NUM_PROCESSES", "PROCESS_ID") if not os.environ.get(name, "").isdigit()]
+        if missing:
+            raise UserError(
+                f"environment: beside COORDINATOR_ADDRESS set {' and '.join(missing)} to a number."
+            )
+        jax.distributed.initialize(
+            coordinator_address=os.environ["COORDINATOR_ADDRESS"],
+            num_processes=int(os.environ["NUM_PROCESSES"]),
+            process_id=int(os.environ["PROCESS_ID"]),
+        )
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int) -> Mesh:
+    """Lays the devices out as `seed` × `data`; -1 for one of them means all that are left.
+
+    Raises:
+      UserError: too few devices, or `seeds` or `batch_size` is not a multiple of its axis.
+    """
+    available = jax.device_count()
+    if seed == -1:
+        seed = max(1, available // max(data, 1))
+    if data == -1:
+        data = max(1, available // seed)
+    if seed < 1 or data < 1:
+        raise UserError(f"config.devices: seed={seed}, data={data}; give positive numbers, or -1 for one.")
+    if seed * data > available:
+        raise UserError(
+            f"config.devices: seed={seed} × data={data} asks for more than the {available} devices."
+        )
+    if seeds % seed:
+        raise UserError(
+            f"config.seeds: {seeds} is not a multiple of devices.seed={seed}; change one of them."
+        )
+    if batch_size % data:
+        raise UserError(
+            f"config.batch_size: {batch_size} is not a multiple of devices.data={data};"
+            " change it, or set config.devices.data."
+        )
+    devices = np.asarray(jax.devices()[: seed * data]).reshape(seed, data)
+    return Mesh(devices, (SEED, DATA))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_seeds(mesh: Mesh) -> NamedSharding:
+    """The leading axis over the seeds, the rest on every device of a seed."""
+    return NamedSharding(mesh, PartitionSpec(SEED))
+
+
+def batch_shardings(batch: chex.ArrayTree, mesh: Mesh, *leading: str | None) -> chex.ArrayTree:
+    """How a batch is split over the devices, array by array.
+
+    The split axis is the first of an array's two foremost that the devices divide: of environments
+    [E, n, ...] it is n where E is too small. `leading` names the axes that come before those.
+    """
+    devices = mesh.shape[DATA]
+
+    def sharding(array: Any) -> NamedSharding:
+        axes = range(len(leading), min(len(leading) + 2, np.ndim(array)))
+        axis = next((axis for axis in axes if np.shape(array)[axis] % devices == 0), None)
+        split = () if axis is None else (None,) * (axis - len(leading)) + (DATA,)
+        return NamedSharding(mesh, PartitionSpec(*leading, *split))
+
+    return jax.tree.map(sharding, batch)
+
+
+def put(tree: chex.ArrayTree, shardings: chex.ArrayTree) -> chex.ArrayTree:
+    """`jax.device_put`, also where a sharding spans hosts that each hold the whole value."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(array: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.dtypes.issubdtype(getattr(array, "dtype", np.float32), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(array), sharding))
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+class Layout(NamedTuple):
+    """How a program with a leading seed axis is laid over devices.
+
+    Attributes:
+      compile: `compile(function, in_axes, donate)` compiles a function of arguments that have a seed axis
+        (in_axes 0) or not (None), and returns results that have one.
+      scatter: from arrays with leading axis [seeds] to how the compiled functions hold them.
+      gather: the inverse.
+      replicate: arrays without a seed axis to every device.
+    """
+
+    compile: Callable[[Callable, Sequence[int | None], tuple[int, ...]], Callable]
+    scatter: Callable[[chex.ArrayTree], chex.ArrayTree]
+    gather: Callable[[chex.ArrayTree], chex.ArrayTree]
+    replicate: Callable[[chex.ArrayTree], chex.ArrayTree]
+
+
+def mesh_layout(mesh: Mesh) -> Layout:
+    """`jit` with `NamedSharding` over both axes; the compiler splits the program."""
+
+    def compile_function(
+        function: Callable, in_axes: Sequence[int | None], donate: tuple[int, ...]
+    ) -> Callable:
+        del in_axes  # the arguments say where they lie
+        return jax.jit(function, donate_argnums=donate, out_shardings=over_seeds(mesh))
+
+    return Layout(
+        compile_function,
+        scatter=lambda tree: put(tree, over_seeds(mesh)),
+        gather=lambda tree: tree,
+        replicate=lambda tree: put(tree, replicated(mesh)),
+    )
+
+
+def pmap_layout(mesh: Mesh) -> Layout:
+    """`jax.pmap` over the seed axis; a device holds a block of seeds and no batch is split."""
+    if mesh.shape[DATA] != 1:
+        raise UserError("config.devices: the pmap backend splits seeds only; set config.devices.data=1.")
+    if jax.process_count() > 1:
+        raise UserError("config.backend: pmap runs on one host; use 'mesh' for several.")
+    devices = list(mesh.devices[:, 0])
+
+    def compile_function(
+        function: Callable, in_axes: Sequence[int | None], donate: tuple[int, ...]
+    ) -> Callable:
+        return jax.pmap(function, in_axes=tuple(in_axes), donate_argnums=donate, devices=devices)
+
+    def split(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), tree)
+
+    def join(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    return Layout(
+        compile_function,
+        scatter=lambda tree: put(split(tree), over_seeds(mesh)),
+        gather=jax.jit(join, out_shardings=over_seeds(mesh)),
+        replicate=lambda tree: put(tree, replicated(mesh)),
+    )
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole value of an array on this host, also where parts of it lie on other hosts."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,70 @@
+"""What every command shares: errors in one line, config overrides, JAX's settings."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import logging as absl_logging
+
+from jaxlab.core import UserError
+from jaxlab.train import devices
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a command and exits with its status; a `UserError` or `OSError` becomes one line and a status."""
+    try:
+        status = main()
+    except UserError as error:
+        status = _fail(str(error), error.status)
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to read an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        status = _fail(f"{error.filename or 'a file'}: {error.strerror}")
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Reads what follows a command's own options: `--config.method.q=0.5`, or with a space for the `=`.
+
+    Raises:
+      UserError: an argument that is no override of a config key.
+    """
+    found = {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"{argument}: not an option of this command; see --help.")
+        if not equals:
+            value = next(remaining, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{argument}: needs a value, {argument}=VALUE.")
+        found[key.removeprefix("--config.")] = value
+    return found
+
+
+def set_up_jax() -> None:
+    """Joins the other hosts, turns the persistent compilation cache on, quietens libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for library in ("absl", "jax", "orbax"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlab" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    devices.initialize_hosts()
+
+
+def _fail(message: str, status: int = UserError.status) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
