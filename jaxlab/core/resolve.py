@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxlab.core.contracts import Evaluator, Method, Network
 from jaxlab.core.errors import UserError, nearest
 
 # Where the names of each kind begin; the first package that has the name wins.
@@ -25,6 +26,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "optimizer": ("optax",),
     "evaluator": ("jaxlab.metrics", "jaxlab.methods"),
 }
+
+_CONTRACTS = {"network": Network, "method": Method, "evaluator": Evaluator}
 
 
 def resolve(kind: str, name: str, path: str | None = None) -> Callable[..., Any]:
@@ -51,7 +54,7 @@ def resolve(kind: str, name: str, path: str | None = None) -> Callable[..., Any]
             function = _find(package, name)
             if function is not None:
                 return function
-    known = sorted({known for package in PACKAGES[kind] for known in _names(package)})
+    known = sorted({known for package in PACKAGES[kind] for known in _names(kind, package)})
     where = " or ".join(PACKAGES[kind])
     listing = f" It has: {', '.join(known)}." if len(known) <= 40 else ""
     raise UserError(f"{path}.name: no '{name}' under {where}.{nearest(name, known)}{listing}")
@@ -90,8 +93,8 @@ def _module_exists(module_name: str) -> bool:
         return False
 
 
-def _names(package: str) -> Iterable[str]:
-    """The names that a user may write, for messages: one a module, or the public functions of a library."""
+def _names(kind: str, package: str) -> Iterable[str]:
+    """The names that a user may write, for messages: what builds the kind, or a library's functions."""
     module = importlib.import_module(package)
     if not package.startswith("jaxlab."):
         yield from _public_functions(module)
@@ -99,18 +102,21 @@ def _names(package: str) -> Iterable[str]:
     for info in pkgutil.walk_packages(module.__path__, package + "."):
         if not info.ispkg:
             relative = info.name.removeprefix(package + ".")
-            functions = _public_functions(importlib.import_module(info.name), defined_here=True)
-            for function in functions:
-                yield relative if relative.split(".")[-1] == function else f"{relative}.{function}"
+            module = importlib.import_module(info.name)
+            for function in _public_functions(module):
+                returns = _type_hints(getattr(module, function)).get("return")
+                if returns is _CONTRACTS.get(kind, returns):
+                    yield relative if relative.split(".")[-1] == function else f"{relative}.{function}"
 
 
-def _public_functions(module: types.ModuleType, defined_here: bool = False) -> list[str]:
+def _public_functions(module: types.ModuleType) -> list[str]:
+    def is_own(function: types.FunctionType) -> bool:
+        return function.__module__ == module.__name__ or not module.__name__.startswith("jaxlab")
+
     return [
         name
         for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and not name.startswith("_")
-        and (not defined_here or value.__module__ == module.__name__)
+        if inspect.isfunction(value) and not name.startswith("_") and is_own(value)
     ]
 
 

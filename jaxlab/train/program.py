@@ -147,7 +147,9 @@ def make_program(
     def host_batches(start: int, stop: int) -> Iterator[Batch | None]:
         return _read_ahead(host_batch, range(start, stop))
 
-    example = (keys, handed_over, layout.gather(host_batch(0)))
+    # What one device of a pmap, or the whole mesh, is given.
+    block = seeds // mesh.shape[devices.SEED] if backend == "pmap" else seeds
+    example = jax.tree.map(lambda x: x[:block], (keys, handed_over, layout.gather(host_batch(0))))
     all_init = jax.vmap(init_replica, spmd_axis_name=spmd_axis_name)
     all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0, 0), spmd_axis_name=spmd_axis_name)
     initial, init_constants = _hoist_constants(all_init, *example)
@@ -178,7 +180,9 @@ def make_program(
 
     def abstract() -> Replica:
         sharding = devices.over_seeds(mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), replicas)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((seeds, *x.shape[1:]), x.dtype, sharding=sharding), replicas
+        )
 
     def run_call(
         replicas: Replica, step: int, num_steps: int, batch: Batch | None

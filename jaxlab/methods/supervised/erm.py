@@ -12,6 +12,7 @@ import optax
 
 from jaxlab.core import Batch, Method, Network, Outputs, Variables
 from jaxlab.core.updates import gradient_update
+from jaxlab.metrics.classification import correct, negative_log_likelihood
 
 
 class ErmState(NamedTuple):
@@ -32,12 +33,11 @@ def erm(network: Network, optimizer: optax.GradientTransformation) -> Method:
         return ErmState(variables, optimizer.init(variables["params"]))
 
     def update(state: ErmState, batch: Batch, key: chex.PRNGKey) -> tuple[ErmState, dict[str, jax.Array]]:
-        def loss(variables: Variables):
+        def loss(variables: Variables) -> tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]:
             outputs, variables = network.apply(variables, batch["image"], train=True, key=key)
             logits = outputs["logits"]
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=jnp.float32)
-            return jnp.mean(losses), (variables, {"accuracy": accuracy})
+            value = jnp.mean(negative_log_likelihood(logits, batch["label"]))
+            return value, (variables, {"accuracy": jnp.mean(correct(logits, batch["label"]))})
 
         variables, opt_state, metrics = gradient_update(loss, optimizer, *state)
         return ErmState(variables, opt_state), metrics

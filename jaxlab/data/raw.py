@@ -1,0 +1,382 @@
+"""Data sets as their authors distribute them: IDX files, CIFAR's pickles, folders of images.
+
+Nothing here trusts a file. Sizes in a header are compared with the bytes that are there before anything
+of that size is allocated, a pickle can build nothing but plain values, and every failure is a `UserError`
+that names the file.
+"""
+
+import collections
+import gzip
+import io
+import math
+import pickle
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxlab.core import UserError
+
+# No deflate stream is more than 1032 times smaller than what it holds, and a pixel takes at least a bit.
+_MAX_PIXELS_PER_BYTE = 8 * 1032
+
+
+class Split(NamedTuple):
+    """One split of a raw data set.
+
+    Attributes:
+      count: the number of examples.
+      examples: pairs of a unique key (TFDS orders a split by its hash) and an example: `image` (a Pillow
+        image, or the bytes of a PNG or JPEG file), a number for each class feature, `id`.
+    """
+
+    count: int
+    examples: Iterable[tuple[int | str, dict[str, Any]]]
+
+
+class RawDataset(NamedTuple):
+    """A raw data set, checked as far as that goes without decoding its images.
+
+    Attributes:
+      image_shape: height, width, channels; height and width are None where they differ between images.
+      classes: for each class feature (`label`, perhaps `coarse_label`, `domain`) the names of its values.
+      splits: the splits by name.
+    """
+
+    image_shape: tuple[int | None, int | None, int]
+    classes: Mapping[str, list[str]]
+    splits: Mapping[str, Split]
+
+
+# --- IDX: MNIST, Fashion-MNIST, KMNIST ---
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, gzipped or not.
+
+    The format: two zero bytes, an element type, the number of dimensions, each dimension as a big-endian
+    uint32, the elements (http://yann.lecun.com/exdb/mnist).
+
+    Returns:
+      uint8 of the shape that the header gives; at least one element.
+
+    Raises:
+      UserError: wrong magic number or element type, fewer or more elements than the header says, or a
+        broken gzip stream.
+    """
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"  # not by name: downloads lose or keep a wrong ".gz"
+            file.seek(0)
+            return _parse_idx(gzip.GzipFile(fileobj=file) if zipped else file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip file ({error}); fetch it again.") from error
+
+
+def _parse_idx(stream: io.BufferedIOBase, path: Path) -> np.ndarray:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != 0x08 or not 1 <= magic[3] <= 3:
+        raise UserError(
+            f"{path}: not an IDX file of unsigned bytes: it starts with '{magic.hex()}', not with '00000801'"
+            " (labels) or '00000803' (images)."
+        )
+    header = stream.read(4 * magic[3])
+    if len(header) < 4 * magic[3]:
+        raise UserError(f"{path}: truncated in its header; fetch it again.")
+    shape = struct.unpack(f">{magic[3]}I", header)
+    size = math.prod(shape)
+    if size == 0:
+        raise UserError(f"{path}: holds no data (shape {shape}).")
+    data = bytearray()
+    while len(data) <= size and (chunk := stream.read(min(size + 1 - len(data), 1 << 20))):
+        data += chunk  # grows with what is there, whatever the header claims
+    if len(data) != size:
+        found = f"only {len(data)}" if len(data) < size else "more"
+        raise UserError(
+            f"{path}: its header says {size} bytes of data {shape}, it has {found}; fetch it again."
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def idx_folder(source: Path) -> RawDataset:
+    """Reads `train-` and `t10k-images-idx3-ubyte[.gz]` and their labels, as MNIST is distributed.
+
+    Raises:
+      UserError: a file is missing or damaged, or images and labels do not match.
+    """
+    arrays = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images_path = _idx_file(source, f"{prefix}-images", 3)
+        labels_path = _idx_file(source, f"{prefix}-labels", 1)
+        images, labels = read_idx(images_path), read_idx(labels_path)
+        if images.ndim != 3 or labels.ndim != 1:
+            wrong, ndim = (images_path, 3) if images.ndim != 3 else (labels_path, 1)
+            raise UserError(f"{wrong}: expected {ndim} dimensions; are images and labels swapped?")
+        if len(images) != len(labels):
+            raise UserError(f"{labels_path}: {len(labels)} labels for {len(images)} images.")
+        arrays[split] = images[..., None], {"label": labels}
+    shapes = {split: images.shape[1:] for split, (images, _) in arrays.items()}
+    if shapes["train"] != shapes["test"]:
+        raise UserError(f"{source}: images are {shapes['train']} in train, {shapes['test']} in t10k.")
+    num_classes = max(int(labels["label"].max()) for _, labels in arrays.values()) + 1
+    return _from_arrays(arrays, {"label": [str(i) for i in range(num_classes)]})
+
+
+def _idx_file(source: Path, stem: str, ndim: int) -> Path:
+    for name in (f"{stem}{dot}idx{ndim}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")):
+        if (source / name).is_file():
+            return source / name
+    raise UserError(f"{source / f'{stem}-idx{ndim}-ubyte[.gz]'}: no such file.")
+
+
+def _from_arrays(
+    arrays: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Mapping[str, list[str]]
+) -> RawDataset:
+    """`arrays` holds for each split the images [N, H, W, C] and the columns of its class features."""
+
+    def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        images, labels = arrays[split]
+        for i, image in enumerate(images):
+            pixels = image[..., 0] if image.shape[-1] == 1 else image
+            values = {feature: int(column[i]) for feature, column in labels.items()}
+            yield i, {"image": Image.fromarray(pixels), **values, "id": f"{split}_{i:05d}"}
+
+    splits = {split: Split(len(images), examples(split)) for split, (images, _) in arrays.items()}
+    return RawDataset(arrays["train"][0].shape[1:], classes, splits)
+
+
+# --- CIFAR-10 and CIFAR-100: the "python version" ---
+
+
+class _Inert:
+    """Stands for whatever a pickle builds: remembers what it was given and does nothing with it."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any):
+        self.state = state
+
+
+class _Unpickler(pickle._Unpickler):
+    """Loads plain values, and NumPy arrays as inert records.
+
+    It is Python's own Unpickler and not the one in C, which reserves the memory that a length or a memo
+    index claims before it looks whether the file goes on that far.
+    """
+
+    _ARRAY_PARTS = frozenset(
+        (module, name)
+        for package in ("numpy.core", "numpy._core")
+        for module, name in (
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            (f"{package}.multiarray", "_reconstruct"),
+            (f"{package}.numeric", "_frombuffer"),
+        )
+    )
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) in self._ARRAY_PARTS:
+            return _Inert
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
+            return lambda text, encoding: text.encode("latin1")
+        raise UserError(f"refers to {module}.{name}, as no CIFAR file does: refused")
+
+    def _load_bytearray(self) -> None:  # the inherited one allocates what the length claims
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    try:
+        values = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        return {key.decode() if isinstance(key, bytes) else key: value for key, value in values.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from error
+    except Exception as error:  # a damaged pickle can fail anywhere
+        raise UserError(f"{path}: not a CIFAR pickle, or damaged ({error!r}); fetch it again.") from error
+
+
+def _uint8_array(value: Any) -> np.ndarray:
+    """An array from its inert record; raises ValueError or the like for anything else."""
+    if value.state:  # what `ndarray.__reduce__` gives
+        _, shape, dtype, fortran_order, data = value.state
+        order = "F" if fortran_order else "C"
+    else:  # `ndarray.__reduce_ex__(5)`
+        data, dtype, shape, order = value.arguments
+    if dtype.arguments[0] not in ("u1", b"u1"):
+        raise ValueError(f"element type {dtype.arguments[0]}")
+    return np.frombuffer(data, np.uint8).reshape(shape, order=order)  # a view: it must fit the data
+
+
+def read_cifar(path: Path, label_keys: Mapping[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Reads one batch file of CIFAR's python version, without running anything that is in it.
+
+    Args:
+      path: for example `data_batch_1` (CIFAR-10) or `train` (CIFAR-100).
+      label_keys: from feature to key of the file, `{"label": "labels"}` in CIFAR-10.
+
+    Returns:
+      Images, uint8 [N, 32, 32, 3], and for each feature its labels, int32 [N].
+
+    Raises:
+      UserError: the file is missing, damaged, no CIFAR file, or refers to anything but arrays.
+    """
+    values = _unpickle(path)
+    try:
+        flat = _uint8_array(values["data"])
+        images = flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # stored as planes of red, green, blue
+        labels = {feature: np.asarray(values[key], np.int32) for feature, key in label_keys.items()}
+        if len(images) == 0 or any(column.shape != images.shape[:1] for column in labels.values()):
+            raise ValueError(f"{len(images)} images, labels {[c.shape for c in labels.values()]}")
+    except Exception as error:  # the values can be anything
+        raise UserError(f"{path}: not a CIFAR batch ({error!r}); fetch it again.") from error
+    return images, labels
+
+
+def cifar_folder(source: Path) -> RawDataset:
+    """Reads the unpacked `cifar-10-batches-py` or `cifar-100-python`.
+
+    Raises:
+      UserError: a file is missing or damaged, or a label has no name.
+    """
+    if (source / "train").is_file():
+        files = {"train": ["train"], "test": ["test"]}
+        features = {  # name: its key in the batches, the key of its class names, their number
+            "label": ("fine_labels", "fine_label_names", 100),
+            "coarse_label": ("coarse_labels", "coarse_label_names", 20),
+        }
+        meta = source / "meta"
+    else:
+        files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+        features = {"label": ("labels", "label_names", 10)}
+        meta = source / "batches.meta"
+    arrays = {}
+    for split, names in files.items():
+        batches = [
+            read_cifar(source / name, {f: key for f, (key, _, _) in features.items()}) for name in names
+        ]
+        for name, (_, labels) in zip(names, batches):
+            for feature, (_, _, size) in features.items():
+                if labels[feature].min() < 0 or labels[feature].max() >= size:
+                    raise UserError(f"{source / name}: a {feature} is outside 0..{size - 1}.")
+        arrays[split] = (
+            np.concatenate([images for images, _ in batches]),
+            {feature: np.concatenate([labels[feature] for _, labels in batches]) for feature in features},
+        )
+    class_names = _unpickle(meta)
+    try:
+        classes = {
+            feature: [name.decode() for name in class_names[key]] for feature, (_, key, _) in features.items()
+        }
+        if any(len(set(classes[feature])) != size for feature, (_, _, size) in features.items()):
+            raise ValueError("wrong number of names")
+    except Exception as error:  # the values can be anything
+        raise UserError(f"{meta}: not CIFAR's class names ({error!r}); fetch it again.") from error
+    return _from_arrays(arrays, classes)
+
+
+# --- Folders of images ---
+
+
+def image_folder(source: Path, size: int | None = None) -> RawDataset:
+    """Reads `domain/class/*.png|jpg`; each domain becomes a split, and the feature `domain`.
+
+    A domain is thus chosen with TFDS's own split strings: `"photo"`, `"photo[:80%]"`, `"photo+sketch"`,
+    `"all"`. Folders named `train` and `test` in place of domains become the usual splits. Images become
+    RGB; files that are so already are stored as they are.
+
+    Args:
+      source: the folder of the domains.
+      size: resizes every image to `size` × `size` pixels (bilinear, without regard to its proportions).
+
+    Raises:
+      UserError: the folders are not laid out so, or a file's header is broken. A file that is broken
+        further on raises when its example is read.
+    """
+    files = []  # domain, class, path
+    for folder in _folders(source):
+        if not re.fullmatch(r"[A-Za-z_]\w*", folder.name, re.ASCII) or folder.name == "all":
+            raise UserError(f"{folder}: cannot be the name of a split; use letters, digits and _.")
+        found = [(folder.name, f.name, path) for f in _folders(folder) for path in _image_files(f)]
+        if not found:
+            raise UserError(f"{folder}: no images; expected {folder}/<class>/*.png or *.jpg.")
+        files += found
+    if not files:
+        raise UserError(f"{source}: no folders; expected {source}/<domain>/<class>/*.png or *.jpg.")
+    domains, classes = (sorted({names[i] for names in files}) for i in (0, 1))
+
+    def examples(domain: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, path in ((name, path) for d, name, path in files if d == domain):
+            key = path.relative_to(source).as_posix()
+            labels = {"label": classes.index(name), "domain": domains.index(domain)}
+            yield key, {"image": _read_image(path, size), **labels, "id": key}
+
+    width = height = size
+    if size is None:
+        sizes = {_with_image(path, lambda image: image.size) for _, _, path in files}
+        width, height = sizes.pop() if len(sizes) == 1 else (None, None)
+    counts = collections.Counter(domain for domain, _, _ in files)
+    splits = {domain: Split(counts[domain], examples(domain)) for domain in domains}
+    return RawDataset((height, width, 3), {"label": classes, "domain": domains}, splits)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+
+
+def _read_image(path: Path, size: int | None) -> bytes | Image.Image:
+    def read(image: Image.Image) -> bytes | Image.Image:
+        image.load()  # the whole file is checked here, while its name is known
+        if size is not None:
+            return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        return path.read_bytes() if image.mode == "RGB" else image.convert("RGB")
+
+    return _with_image(path, read)
+
+
+def _with_image(path: Path, read: Callable[[Image.Image], Any]) -> Any:
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > _MAX_PIXELS_PER_BYTE * path.stat().st_size:
+                raise ValueError(f"{image.width} × {image.height} pixels cannot be in a file of this size")
+            return read(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise UserError(f"{path}: broken image ({error}); replace or remove it.") from error
+
+
+def find_layout(source: Path) -> str:
+    """The layout of the files in `source`: "idx", "cifar" or "folder".
+
+    Raises:
+      UserError: there is no such folder, or none of the layouts is in it.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder.")
+    names = {path.name for path in source.iterdir()}
+    if any(re.fullmatch(r"(train|t10k)-(images|labels)[-.]idx.*", name) for name in names):
+        return "idx"
+    if names & {"data_batch_1", "test_batch"} or ("train" in names and (source / "train").is_file()):
+        return "cifar"
+    if _folders(source):
+        return "folder"
+    raise UserError(
+        f"{source}: expected train-images-idx3-ubyte[.gz] (IDX), data_batch_1 or train (CIFAR pickles), or"
+        " <domain>/<class>/*.png|jpg."
+    )

@@ -1,0 +1,81 @@
+"""What the networks share: activations by name, initialisation, the linear head."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer, variance_scaling
+
+from jaxlab.core import Outputs, UserError
+from jaxlab.core.errors import nearest
+
+_ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "hard_tanh": jax.nn.hard_tanh,
+    "soft_sign": jax.nn.soft_sign,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+# U(±1/√fan_in), with which PyTorch starts the kernels of linear and convolutional layers.
+FAN_IN_UNIFORM: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
+# He et al., arXiv 1502.01852, equation 10; not truncated, as JAX's own `he_normal` is.
+HE_NORMAL: Initializer = variance_scaling(2.0, "fan_in", "normal")
+
+
+def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The elementwise function that JAX has under `name`, or `UserError`."""
+    if name not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise UserError(f"network.activation: no '{name}'.{nearest(name, _ACTIVATIONS)} It may be: {names}.")
+    return _ACTIVATIONS[name]
+
+
+def _symmetric_uniform(bound: float) -> Initializer:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def dense(
+    x: jax.Array,
+    features: int,
+    *,
+    name: str,
+    use_bias: bool = True,
+    kernel_init: Initializer = FAN_IN_UNIFORM,
+    bias_init: Initializer | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """A linear layer (the submodule `name` of the calling module) that starts as PyTorch's does.
+
+    Args:
+      x: [..., D].
+      features: F, the size of the output [..., F].
+      name: the submodule's name.
+      use_bias: whether there is a bias.
+      kernel_init: of the kernel [D, F].
+      bias_init: of the bias [F]; U(±1/√D) if None.
+      dtype: what it computes in; its parameters are float32.
+    """
+    bias_init = bias_init or _symmetric_uniform(x.shape[-1] ** -0.5)
+    layer = nn.Dense(
+        features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name
+    )
+    return layer(x)
+
+
+def classify(
+    features: jax.Array,
+    num_classes: int,
+    *,
+    kernel_init: Initializer = FAN_IN_UNIFORM,
+    bias_init: Initializer | None = None,
+) -> Outputs:
+    """A network's outputs: the features [B, F] and the logits [B, K] of the layer `head`, in float32."""
+    features = features.astype(jnp.float32)
+    logits = dense(features, num_classes, name="head", kernel_init=kernel_init, bias_init=bias_init)
+    return {"logits": logits, "features": features}

@@ -1,0 +1,39 @@
+"""From a Flax Linen module to a `Network`."""
+
+import flax.errors
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxlab.core import Network
+
+
+def from_linen(module: nn.Module) -> Network:
+    """Wraps a Linen module as a `Network`.
+
+    Args:
+      module: its `__call__(inputs, *, train: bool)` returns a dict with at least `"logits"` [B, K] and
+        `"features"` [B, F]. It keeps running statistics in the collection `batch_stats` (which only
+        training updates) and draws dropout from the stream `dropout`.
+
+    Returns:
+      A `Network`. Its variables are plain dicts; its logits are float32, whatever the module computes in.
+      `apply` raises `ValueError` where the module draws random numbers and no key is given.
+    """
+
+    def init(key, inputs):
+        return module.init(key, inputs, train=False)
+
+    def apply(variables, inputs, *, train, key=None):
+        mutable = ["batch_stats"] if train and "batch_stats" in variables else []
+        rngs = {} if key is None else {"dropout": key}
+        try:
+            outputs, updates = module.apply(variables, inputs, train=train, rngs=rngs, mutable=mutable)
+        except flax.errors.InvalidRngError as error:
+            if key is not None:
+                raise
+            name = type(module).__name__
+            raise ValueError(f"{name} draws random numbers (dropout): apply needs `key`.") from error
+        outputs = {**outputs, "logits": jnp.asarray(outputs["logits"], jnp.float32)}
+        return outputs, {**variables, **updates} if updates else variables
+
+    return Network(init, apply)

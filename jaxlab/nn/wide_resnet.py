@@ -1,0 +1,124 @@
+"""Wide residual networks for CIFAR (Zagoruyko and Komodakis, arXiv 1605.07146).
+
+The variant which the out-of-distribution literature trains (Outlier Exposure, arXiv 1812.04606, and after
+it): where a block changes the number of channels its shortcut projects the *activated* input.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import variance_scaling
+
+from jaxlab.core import Network, Outputs, UserError
+from jaxlab.nn.layers import activation_function, classify
+from jaxlab.nn.linen import from_linen
+from jaxlab.nn.normalization import NormOrder, norm_activation
+
+_CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
+
+
+class WideBlock(nn.Module):
+    """A pre-activation block with dropout between its two 3×3 convolutions."""
+
+    features: int
+    stride: int
+    dropout_rate: float
+    norm_order: NormOrder
+    activation: Callable[[jax.Array], jax.Array]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv = functools.partial(
+            nn.Conv, self.features, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT
+        )
+        norm_act = functools.partial(
+            norm_activation, activation=self.activation, norm_order=self.norm_order, train=train
+        )
+        activated = norm_act(x, name="norm1")
+        h = conv((3, 3), strides=self.stride, padding=1, name="conv1")(activated)
+        h = norm_act(h, name="norm2")
+        h = nn.Dropout(self.dropout_rate, deterministic=not train)(h)
+        h = conv((3, 3), padding=1, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = conv((1, 1), strides=self.stride, padding=0, name="shortcut")(activated)
+        return x + h
+
+
+class WideResNet(nn.Module):
+    """See `wide_resnet`."""
+
+    num_classes: int
+    blocks: int  # in each of the three groups
+    widen_factor: int
+    dropout_rate: float
+    norm_order: NormOrder
+    activation: Callable[[jax.Array], jax.Array]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool) -> Outputs:
+        chex.assert_rank(inputs, 4)
+        stem = nn.Conv(
+            16, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT, name="stem"
+        )
+        x = stem(inputs.astype(self.dtype))
+        for group, stride in enumerate((1, 2, 2)):
+            for block in range(self.blocks):
+                x = WideBlock(
+                    features=16 * 2**group * self.widen_factor,
+                    stride=stride if block == 0 else 1,
+                    dropout_rate=self.dropout_rate,
+                    norm_order=self.norm_order,
+                    activation=self.activation,
+                    dtype=self.dtype,
+                    name=f"group{group + 1}_block{block + 1}",
+                )(x, train=train)
+        x = norm_activation(
+            x, activation=self.activation, norm_order=self.norm_order, train=train, name="norm"
+        )
+        features = x.mean((1, 2), dtype=jnp.float32)
+        return classify(features, self.num_classes, bias_init=nn.initializers.zeros)
+
+
+def wide_resnet(
+    num_classes: int,
+    *,
+    depth: int = 40,
+    widen_factor: int = 2,
+    dropout_rate: float = 0.3,
+    norm_order: NormOrder = "before",
+    activation: str = "relu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Network:
+    """A WRN-`depth`-`widen_factor` on images [B, H, W, C]; convolutions have no bias and symmetric padding.
+
+    Args:
+      num_classes: K, the number of logits.
+      depth: 6n + 4, for n blocks in each of the three groups.
+      widen_factor: k; the groups have 16k, 32k and 64k channels.
+      dropout_rate: the share of units that training drops between the two convolutions of a block.
+      norm_order: whether batch normalisation stands before or after the activation, in every pair of them.
+      activation: the name of an activation in `jax.nn`.
+      dtype: what the convolutions compute in; parameters, statistics, features and logits are float32.
+
+    Raises:
+      UserError: unknown activation, or a depth that is not 6n + 4.
+    """
+    if depth < 10 or depth % 6 != 4:
+        raise UserError(f"network.depth: a wide ResNet has 6n + 4 layers (10, 16, ..., 40), got {depth}.")
+    module = WideResNet(
+        num_classes=num_classes,
+        blocks=(depth - 4) // 6,
+        widen_factor=widen_factor,
+        dropout_rate=dropout_rate,
+        norm_order=norm_order,
+        activation=activation_function(activation),
+        dtype=jnp.dtype(dtype),
+    )
+    return from_linen(module)

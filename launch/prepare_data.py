@@ -1,0 +1,98 @@
+"""Makes a data set that jaxlab can train on out of files on disk, or with TFDS.
+
+python -m launch.prepare_data mnist --source DIR          # train-images-idx3-ubyte.gz, ...
+python -m launch.prepare_data cifar10 --source DIR        # data_batch_1, ..., batches.meta
+python -m launch.prepare_data pacs --source DIR --size 64 # photo/dog/001.jpg, sketch/dog/001.png, ...
+python -m launch.prepare_data cifar10                     # TFDS downloads it
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from jaxlab.core import UserError
+from jaxlab.data import raw, store
+from launch import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.source is None:
+        if arguments.layout != "auto" or arguments.size is not None:
+            raise UserError("--layout and --size say how to read files: give their folder with --source DIR.")
+        builder = store.tfds_builder(arguments.name, arguments.data_dir)
+    else:
+        raw_dataset = _read(arguments.source, arguments.layout, arguments.size)
+        builder = store.raw_builder(arguments.name, _with_progress(raw_dataset), arguments.data_dir)
+    there = os.path.isdir(builder.data_dir)
+    store.generate(builder)
+    builder = store.open_builder(arguments.name, arguments.data_dir)
+    splits = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
+    print(f"{'Already there' if there else 'Wrote'}: {builder.data_dir} ({splits})")
+    if there:
+        print("To make it anew, delete that folder first.")
+    folder = store.data_folder(arguments.data_dir)
+    print(f'Use it as data set "{arguments.name}" with data_dir "{folder}" (or TFDS_DATA_DIR={folder}).')
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.prepare_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help="in TFDS's style: mnist, fashion_mnist, cifar10, my_images"
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the files; left out, TFDS downloads the data set (some need TensorFlow for it)",
+    )
+    parser.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="where to write; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "idx", "cifar", "folder"),
+        default="auto",
+        help="idx: as MNIST comes; cifar: its python version; folder: domain/class/*.png|jpg",
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="resize the images of a folder to PIXELS × PIXELS"
+    )
+    return parser
+
+
+def _read(source: Path, layout: str, size: int | None) -> raw.RawDataset:
+    found = raw.find_layout(source)
+    layout = found if layout == "auto" else layout
+    if size is not None and (layout != "folder" or not 1 <= size <= 4096):
+        raise UserError(
+            f"--size {size}: takes 1 to 4096 pixels, and only for image folders (layout '{layout}')."
+        )
+    if layout == "folder":
+        return raw.image_folder(source, size)
+    return raw.idx_folder(source) if layout == "idx" else raw.cifar_folder(source)
+
+
+def _with_progress(dataset: raw.RawDataset) -> raw.RawDataset:
+    console = Console(stderr=True)
+
+    def tracked(name: str, split: raw.Split) -> raw.Split:
+        bar = track(split.examples, name, split.count, console=console, disable=not console.is_terminal)
+        return split._replace(examples=bar)
+
+    return dataset._replace(splits={name: tracked(name, split) for name, split in dataset.splits.items()})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,69 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core import UserError
+from jaxlab.nn.layers import HE_NORMAL, activation_function, classify, dense
+
+
+class Linear(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return dense(x, self.features, name="linear")
+
+
+class Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return classify(x, 3)
+
+
+def test_dense_starts_with_kernel_and_bias_uniform_within_one_over_root_fan_in():
+    variables = jax.jit(Linear(2000).init)(jax.random.key(0), np.zeros((1, 25), np.float32))
+    params = jax.tree.map(np.asarray, variables["params"]["linear"])
+    assert params["kernel"].shape == (25, 2000)
+    for values in (params["kernel"], params["bias"]):
+        assert np.abs(values).max() <= 0.2
+        assert np.abs(values).max() > 0.199
+        np.testing.assert_allclose(np.var(values), 0.2**2 / 3, rtol=0.06)
+
+
+def test_he_normal_has_variance_two_over_fan_in_and_is_not_truncated():
+    kernel = np.asarray(HE_NORMAL(jax.random.key(0), (3, 3, 8, 4000), jnp.float32))
+    std = np.sqrt(2 / (3 * 3 * 8))
+    np.testing.assert_allclose(kernel.std(), std, rtol=0.01)
+    assert np.abs(kernel).max() > 4 * std
+
+
+def test_classify_is_a_float32_linear_head_on_the_features_it_returns():
+    x = np.linspace(-1, 1, 10).reshape(2, 5).astype(jnp.bfloat16)
+    outputs, variables = jax.jit(Classifier().init_with_output)(jax.random.key(0), x)
+    head = variables["params"]["head"]
+    assert head["kernel"].shape == (5, 3)
+    assert head["bias"].shape == (3,)
+    assert outputs["features"].dtype == outputs["logits"].dtype == jnp.float32
+    np.testing.assert_allclose(
+        outputs["logits"], outputs["features"] @ head["kernel"] + head["bias"], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("relu", [0.0, 1.5]),
+        ("hard_tanh", [-1.0, 1.0]),
+        ("soft_sign", [-2 / 3, 0.6]),
+        ("tanh", np.tanh([-2.0, 1.5])),
+    ],
+)
+def test_an_activation_is_found_by_its_name(name, expected):
+    np.testing.assert_allclose(activation_function(name)(jnp.array([-2.0, 1.5])), expected, rtol=1e-6)
+
+
+def test_an_unknown_activation_names_the_nearest():
+    with pytest.raises(UserError, match=r"network\.activation: no 'rellu'\. Did you mean 'relu'\?"):
+        activation_function("rellu")

@@ -1,0 +1,96 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.nn.normalization import BatchNorm
+
+VARIABLES = {
+    "params": {"scale": np.array([0.5, 2.0], np.float32), "bias": np.array([-1.0, 3.0], np.float32)},
+    "batch_stats": {"mean": np.array([0.2, -0.3], np.float32), "var": np.array([1.5, 0.7], np.float32)},
+}
+
+
+@jax.jit
+def train(x):
+    y, updated = BatchNorm().apply(VARIABLES, x, train=True, mutable=["batch_stats"])
+    return y, updated["batch_stats"]
+
+
+@jax.jit
+@jax.grad
+def gradient_of_square(x):
+    return jnp.square(train(x)[0]).sum()
+
+
+def test_a_training_batch_is_normalised_with_the_biased_and_remembered_with_the_unbiased_variance():
+    x = np.random.default_rng(0).normal(3, 2, (2, 3, 1, 2)).astype(np.float32)
+    y, stats = train(x)
+    rows = x.reshape(6, 2).astype(np.float64)
+    scale, bias = VARIABLES["params"].values()
+    expected = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected.reshape(x.shape), rtol=1e-5, atol=1e-5)
+    old_mean, old_var = VARIABLES["batch_stats"].values()
+    np.testing.assert_allclose(stats["mean"], 0.9 * old_mean + 0.1 * rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 * old_var + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+
+
+def test_evaluation_uses_the_running_statistics():
+    x = np.array([[1.0, 2.0]], np.float32)
+    y = jax.jit(lambda x: BatchNorm().apply(VARIABLES, x, train=False))(x)
+    np.testing.assert_allclose(
+        y, [[0.8 / np.sqrt(1.50001) * 0.5 - 1, 2.3 / np.sqrt(0.70001) * 2 + 3]], rtol=1e-6
+    )
+
+
+def test_a_single_value_per_channel_gives_the_bias_and_finite_gradients():
+    x = np.array([[4.0, -1.0]], np.float32)
+    y, stats = train(x)
+    np.testing.assert_array_equal(y[0], VARIABLES["params"]["bias"])
+    np.testing.assert_allclose(stats["var"], 0.9 * VARIABLES["batch_stats"]["var"], rtol=1e-6)
+    chex.assert_tree_all_finite(gradient_of_square(x))
+
+
+def test_a_constant_channel_far_from_zero_stays_finite_and_has_no_variance():
+    x = np.full((16, 2), 3e4, np.float32)
+    y, stats = train(x)
+    np.testing.assert_allclose(y, np.broadcast_to(VARIABLES["params"]["bias"], x.shape), atol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 * VARIABLES["batch_stats"]["var"], rtol=1e-6)
+    chex.assert_tree_all_finite(gradient_of_square(x))
+
+
+def test_statistics_of_bfloat16_inputs_are_accumulated_in_float32():
+    x = np.repeat([[1.0, 1.0], [1.0625, 1.0625]], 4096, axis=0).astype(jnp.bfloat16)
+    y, stats = train(x)
+    assert y.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal_dtypes(stats, VARIABLES["batch_stats"])
+    expected = 0.9 * VARIABLES["batch_stats"]["mean"] + 0.1 * 1.03125
+    np.testing.assert_allclose(stats["mean"], expected, rtol=1e-6)
+
+
+def test_value_statistics_and_gradient_agree_with_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(1, 2, (2, 7, 2)).astype(np.float32)
+    layer = torch.nn.BatchNorm1d(2)
+    for name, value in (("weight", "scale"), ("bias", "bias")):
+        getattr(layer, name).data = torch.tensor(VARIABLES["params"][value])
+    for name, value in (("running_mean", "mean"), ("running_var", "var")):
+        setattr(layer, name, torch.tensor(VARIABLES["batch_stats"][value]))
+    x_torch = torch.from_numpy(x).requires_grad_()
+    y_torch = layer(x_torch)
+    (y_torch * torch.from_numpy(weights)).sum().backward()
+    y, stats = train(x)
+    np.testing.assert_allclose(y, y_torch.detach(), atol=1e-5)
+    np.testing.assert_allclose(stats["mean"], layer.running_mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], layer.running_var, rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: (train(x)[0] * weights).sum()))(x)
+    np.testing.assert_allclose(gradient, x_torch.grad, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_global_batch_on_eight_devices():
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = np.random.default_rng(2).normal(1, 2, (16, 2)).astype(np.float32)
+    chex.assert_trees_all_close(train(jax.device_put(x, sharding)), train(x), atol=1e-5)

@@ -1,0 +1,143 @@
+"""One program, many seeds, steps and devices: it computes what each seed alone computes on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core import Stream, UserError
+from jaxlab.train import devices
+from jaxlab.train.program import _hoist_constants
+from tests import toy
+from tests.train.parts import BATCH_SIZE, assert_close, assert_equal, make, run
+
+
+@pytest.fixture(scope="module")
+def single_device():
+    return run(make(seeds=4))
+
+
+def test_many_seeds_equal_as_many_runs_of_one(single_device):
+    for i in range(4):
+        alone = run(make(seed=i, seeds=1))
+        assert_close(jax.tree.map(lambda x: x[0], alone), jax.tree.map(lambda x, i=i: x[i], single_device))
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (4, 1), (2, 4), (2, 2)], ids=str)
+def test_a_program_split_over_devices_equals_one_device(mesh, single_device):
+    program = make(seeds=4, mesh=mesh)
+    assert_close(run(program), single_device)
+    spread = {len(x.sharding.device_set) for x in jax.tree.leaves(program.init())}
+    assert spread == {mesh[0] * mesh[1]}
+
+
+@pytest.mark.parametrize("devices_of_pmap", [2, 4])
+def test_pmap_equals_mesh(devices_of_pmap, single_device):
+    assert_close(run(make(seeds=4, mesh=(devices_of_pmap, 1), backend="pmap")), single_device)
+
+
+def test_a_host_stream_equals_the_same_stream_on_the_device():
+    on_host = make(stream=toy.blobs(BATCH_SIZE, on_device=False))
+    assert on_host.steps_per_call == 1
+    assert_close(run(on_host), run(make()))
+
+
+def test_a_host_stream_is_split_over_devices():
+    split = make(stream=toy.blobs(BATCH_SIZE, on_device=False), mesh=(2, 4))
+    batch = next(iter(split.host_batches(0, 1)))
+    assert batch["image"].sharding.spec == jax.sharding.PartitionSpec("seed", "data")
+    assert_close(run(split), run(make()))
+
+
+def test_how_steps_are_cut_into_calls_changes_no_bit():
+    program = make()
+    assert_equal(run(program, [(0, 12)]), run(program, [(0, 1), (1, 8), (9, 3)]))
+
+
+def test_nothing_is_compiled_after_the_first_call():
+    program = make()
+    replicas, _ = program.call(program.init(), 0, 5, None)
+    assert program.num_compiled() == 1
+    for step, num_steps in ((5, 1), (6, 40), (46, 3)):
+        replicas, _ = program.call(replicas, step, num_steps, None)
+    program.call(program.scatter(program.gather(replicas)), 49, 2, None)
+    assert program.num_compiled() == 1
+
+
+def test_the_state_is_donated():
+    program = make()
+    replicas = program.init()
+    program.call(replicas, 0, 2, None)
+    assert all(x.is_deleted() for x in jax.tree.leaves(replicas))
+
+
+def test_metrics_are_summed_since_the_last_log():
+    program = make(log_every=4)
+    one_by_one = [run(program, [(0, n)]).metric_sums["loss"] for n in (1, 2, 3, 4, 5, 6)]
+    assert np.all(np.diff(one_by_one[:4], axis=0) > 0)
+    assert np.all(one_by_one[4] < one_by_one[3])  # step 4 opened a new window
+    assert np.all(one_by_one[5] > one_by_one[4])
+
+
+def test_the_first_step_that_is_not_finite_is_remembered_for_its_seed():
+    program = make(stream=toy.exploding(BATCH_SIZE, at=5))
+    assert set(np.asarray(run(program, [(0, 5)]).bad_step["loss"])) == {-1}
+    assert set(np.asarray(run(program, [(0, 9)]).bad_step["loss"])) == {5}
+
+
+def test_convolutions_are_not_fused_in_a_loop_on_a_cpu():
+    assert make().steps_per_call == 100
+    assert make(network="conv_net").steps_per_call == (1 if jax.default_backend() == "cpu" else 100)
+
+
+def test_arrays_that_a_stream_closes_over_are_arguments_of_the_program():
+    table = jnp.arange(10_000.0)
+
+    def lookup(i):
+        return jax.lax.fori_loop(0, 3, lambda j, total: total + jnp.take(table, i + j), 0.0)
+
+    hoisted, constants = _hoist_constants(lookup, jnp.int32(0))
+    assert [c.shape for c in constants if c.ndim] == [table.shape]
+    assert len(jax.jit(hoisted).lower(constants, jnp.int32(0)).as_text()) < 10_000
+    assert jax.jit(hoisted)(constants, jnp.int32(4)) == lookup(4)
+
+
+def test_a_batch_of_environments_is_split_along_the_first_axis_that_fits():
+    mesh = devices.make_mesh(1, 8, seeds=1, batch_size=16)
+    batch = {"image": np.zeros((2, 16, 3)), "weight": np.zeros(3), "label": np.zeros((16, 2))}
+    specs = {k: tuple(s.spec) for k, s in devices.batch_shardings(batch, mesh).items()}
+    assert specs == {"image": (None, "data"), "weight": (), "label": ("data",)}
+
+
+def test_environment_batches_split_over_devices_equal_one_device():
+    inner = toy.blobs(BATCH_SIZE)
+
+    def batch(step, key):
+        return jax.tree.map(
+            lambda x: x.reshape(2, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), inner.batch(step, key)
+        )
+
+    stream = Stream(batch, on_device=True)
+    assert_close(run(make(stream=stream, mesh=(1, 8))), run(make(stream=stream)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            dict(seed=1, data=3, seeds=1, batch_size=16),
+            "config.batch_size: 16 is not a multiple of devices.data=3",
+        ),
+        (dict(seed=2, data=1, seeds=3, batch_size=16), "config.seeds: 3 is not a multiple of devices.seed=2"),
+        (dict(seed=4, data=4, seeds=4, batch_size=16), "asks for more than the 8 devices"),
+        (dict(seed=0, data=1, seeds=4, batch_size=16), "positive"),
+    ],
+)
+def test_devices_that_do_not_divide_the_work_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        devices.make_mesh(**arguments)
+
+
+def test_pmap_refuses_a_data_axis():
+    with pytest.raises(UserError, match=r"set config.devices.data=1"):
+        make(backend="pmap", mesh=(1, 2))
