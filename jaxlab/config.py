@@ -45,7 +45,8 @@ class Settings:
       backend: "mesh" or "pmap".
       steps_per_call: the most steps to run in one compiled call.
       data_dir: where prepared data sets are; "": TFDS's own default.
-      init_from: the stage whose variables this one starts from; "": fresh ones.
+      init_from: the stage, or the folder of a finished run beside this one, whose variables training
+        starts from; "": fresh ones.
       stages: ordered name → keys that differ from the rest of the config; makes a run of several stages.
     """
 

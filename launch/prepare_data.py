@@ -29,7 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raw_dataset = _read(arguments.source, arguments.layout, arguments.size)
         builder = store.raw_builder(arguments.name, _with_progress(raw_dataset), arguments.data_dir)
     there = os.path.isdir(builder.data_dir)
-    store.generate(builder)
+    try:
+        store.generate(builder)
+    except UserError:
+        raise
+    except Exception as error:  # TFDS's own builders: a lost connection, a wrong checksum, a manual download
+        if arguments.source is not None:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"TFDS failed to make '{arguments.name}' ({reason}); give files: --source DIR."
+        ) from error
     builder = store.open_builder(arguments.name, arguments.data_dir)
     splits = ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
     print(f"{'Already there' if there else 'Wrote'}: {builder.data_dir} ({splits})")

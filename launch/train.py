@@ -99,7 +99,10 @@ def _run_stage(config: Mapping[str, Any], workdir: Path, primary: bool, stage: s
     settings = parts.settings
     handed_over = None
     if settings.init_from:
-        handed_over = experiment.load(workdir.parent / settings.init_from).state.variables
+        try:
+            handed_over = experiment.load(workdir.parent / settings.init_from).state.variables
+        except UserError as error:
+            raise UserError(f"{configs.place(stage)}.init_from: {error}") from error
     mesh = experiment.build_mesh(settings)
     program = experiment.build_program(parts, mesh, handed_over)
     evaluate = make_evaluate(parts.make_method, parts.evaluators, mesh)

@@ -188,7 +188,7 @@ class _Unpickler(pickle._Unpickler):
             return _Inert
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
             return lambda text, encoding: text.encode("latin1")
-        raise UserError(f"refers to {module}.{name}, as no CIFAR file does: refused")
+        raise UserError(f"refers to {f'{module}.{name}'!r}, as no CIFAR file does: refused")
 
     def _load_bytearray(self) -> None:  # the inherited one allocates what the length claims
         (length,) = struct.unpack("<Q", self.read(8))

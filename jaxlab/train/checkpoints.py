@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlab.core import UserError
+from jaxlab.core.errors import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,15 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         about = {"step": step, "config": dict(self._config), "checksum": int(checksum(state))}
-        best = {self._best_metric: metrics[self._best_metric]} if metrics and self._best_metric else None
+        best = None
+        if self._best_metric and metrics is not None:
+            if self._best_metric not in metrics:
+                known = ", ".join(metrics) or "none"
+                raise UserError(
+                    f"config.best_metric: no '{self._best_metric}' is evaluated;"
+                    f"{nearest(self._best_metric, metrics)} there are: {known}."
+                )
+            best = {self._best_metric: metrics[self._best_metric]}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         self._guarded(lambda: self._manager.save(step, args=arguments, metrics=best, force=True))
 

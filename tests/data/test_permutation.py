@@ -42,8 +42,8 @@ def test_single_positions_and_pairs_are_uniform():
 
 
 def test_it_is_the_same_under_jit_and_vmap_and_another_for_another_key():
-    keys, position = jax.random.split(jax.random.key(1), 3), jnp.arange(100)
-    eager = [permuted_index(key, position, 100) for key in keys[:2]]
+    keys, position = jax.random.split(jax.random.key(1)), jnp.arange(100)
+    eager = permuted_index(keys[0], position, 100)
     vmapped = jax.jit(jax.vmap(lambda key: permuted_index(key, position, 100)))(keys)
-    np.testing.assert_array_equal(vmapped[:2], eager)
-    assert (eager[0] != eager[1]).any()
+    np.testing.assert_array_equal(vmapped[0], eager)
+    assert (vmapped[0] != vmapped[1]).any()

@@ -15,7 +15,7 @@ def dataset(size):
     return {"image": np.arange(size * 4, dtype=np.uint8).reshape(size, 2, 2, 1), "label": np.arange(size)}
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(12, 4), (10, 4), (3, 8)])
+@pytest.mark.parametrize(("size", "batch_size"), [(12, 4), (3, 8)])
 def test_every_epoch_of_a_resident_stream_is_complete(size, batch_size):
     stream = streams.resident(dataset(size), batch_size=batch_size)
     steps = 5 * size  # 5 * batch_size epochs
@@ -34,7 +34,7 @@ def test_a_resident_batch_holds_the_rows_of_its_index():
 
 
 def test_a_resident_stream_is_a_function_of_step_and_key():
-    augment = (transforms.random_crop(padding=1), transforms.standardize())
+    augment = (transforms.random_flip(), transforms.standardize())
     stream = streams.resident(dataset(50), batch_size=8, transforms=augment)
     keys = jax.random.split(KEY, 3)
     compiled = jax.jit(stream.batch)

@@ -75,6 +75,15 @@ def test_digits_need_no_source(tmp_path, capsys):
     assert "train 1200, test 597" in capsys.readouterr().out
 
 
+def test_what_fails_inside_tfds_is_one_line(tmp_path, monkeypatch):
+    def fail(builder):
+        raise RuntimeError("no network\nhint")
+
+    monkeypatch.setattr(store, "generate", fail)
+    with pytest.raises(UserError, match=r"TFDS failed to make 'mnist' \(no network\); give files"):
+        prepare_data.main(["mnist", "--data_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,94 @@
+"""Runs of the toy problem through the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from launch import train
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = '''
+from ml_collections import ConfigDict
+
+
+def get_config(size="cpu"):
+    if size not in ("cpu", "paper"):
+        raise ValueError(f"no size {size!r}; sizes: cpu, paper")
+    c = ConfigDict()
+    c.seeds = 2
+    c.steps = 40 if size == "cpu" else 400
+    c.batch_size = 16
+    c.log_every = 10
+    c.eval_every = 20
+    c.checkpoint_every = 10
+    c.data = dict(name="tests.toy:blobs")
+    c.network = dict(name="mlp", num_classes=2, hidden=[8], norm="batch_norm")
+    c.method = dict(name="supervised.erm")
+    c.optimizer = dict(name="sgd", learning_rate=0.1, momentum=0.9)
+    c.evaluators = dict(test=dict(name="tests.toy:accuracy"))
+    c.devices = dict(seed=1, data=1)
+    return c
+'''
+
+STAGED = CONFIG.replace(
+    "    return c",
+    """    c.stages = ConfigDict(sort_keys=False)
+    c.stages.tuned = dict(init_from="base", steps=20, optimizer=dict(name="sgd", learning_rate=0.0))
+    c.stages.base = dict(steps=40)
+    return c""",
+)
+
+
+def write_config(folder, text=CONFIG):
+    path = folder / "config.py"
+    path.write_text(text)
+    return path
+
+
+def command(config, workdir, *overrides):
+    arguments = ["--config", str(config), "--workdir", str(workdir), *overrides]
+    return [sys.executable, "-m", "launch.train", *arguments]
+
+
+def environment(devices=1, **more):
+    """For a process of its own, with so many virtual devices."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
+
+
+def start(config, workdir, *overrides, env=None):
+    return subprocess.Popen(
+        command(config, workdir, *overrides),
+        cwd=ROOT,
+        env=env or environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(config, workdir, *overrides):
+    """In this process; returns the exit status."""
+    return train.main(command(config, workdir, *overrides)[3:])
+
+
+def final_state(workdir):
+    from jaxlab import experiment
+
+    return jax.device_get(experiment.load(workdir).state)
+
+
+def lines(workdir):
+    return (workdir / "metrics.jsonl").read_text()
+
+
+def result(workdir):
+    return (workdir / "result.json").read_text()

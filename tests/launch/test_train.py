@@ -1,0 +1,292 @@
+"""launch.train, as a user meets it: it finishes, it resumes, and it says in one line what is wrong."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab import experiment
+from jaxlab.core import UserError
+from jaxlab.train import writers
+from tests.launch import runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A config file and the folder of a run of it that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = runs.write_config(folder)
+    assert runs.run(config, folder / "run") == 0
+    return config, folder / "run"
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process SIGTERM when the line of `step` is written."""
+    write = writers.MetricWriter.write
+
+    def write_and_stop(self, at, *arguments, **more):
+        write(self, at, *arguments, **more)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writers.MetricWriter, "write", write_and_stop)
+
+
+def test_a_run_leaves_every_file_it_promises(finished):
+    _, workdir = finished
+    result = json.loads(runs.result(workdir))
+    assert (result["status"], result["step"], result["seeds"]) == ("complete", 40, [0, 1])
+    assert result["config"] == json.loads((workdir / "config.json").read_text())
+    accuracy = result["evals"]["test/accuracy"]
+    assert len(accuracy["values"]) == 2
+    assert accuracy["mean"] == pytest.approx(np.mean(accuracy["values"]))
+    assert accuracy["stderr"] == pytest.approx(np.std(accuracy["values"], ddof=1) / np.sqrt(2))
+    assert np.shape(result["evals"]["test/margins"]["values"]) == (2, 64)
+    records = [json.loads(line) for line in runs.lines(workdir).splitlines()]
+    assert [r["step"] for r in records if r["split"] == "train"] == [10, 20, 30, 40]
+    assert [r["step"] for r in records if r["split"] == "eval"] == [20, 40]
+    assert len(records[0]["loss"]) == 2
+    assert list(workdir.glob("events.out.*"))
+    assert (workdir / "report" / "index.html").is_file()
+
+
+def test_the_toy_problem_is_learnt(finished):
+    assert min(json.loads(runs.result(finished[1]))["evals"]["test/accuracy"]["values"]) > 0.9
+
+
+def test_a_finished_run_prints_its_result_and_changes_nothing(finished, capsys):
+    config, workdir = finished
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and "report" not in p.parts}
+    assert runs.run(config, workdir) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_sigterm_checkpoints_and_the_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+    config, undisturbed = finished
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        assert runs.run(config, tmp_path, "--config.steps_per_call=3") == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 13" in capsys.readouterr().err
+    assert json.loads(runs.result(tmp_path))["status"] == "interrupted"
+    assert runs.run(config, tmp_path) == 0
+    assert runs.lines(tmp_path) == runs.lines(undisturbed)
+    assert runs.result(tmp_path) == runs.result(undisturbed)
+    jax.tree.map(np.testing.assert_array_equal, runs.final_state(tmp_path), runs.final_state(undisturbed))
+
+
+def kill_until_done(config, workdir, kills, seed, *overrides):
+    """Kills a run with SIGKILL so many times at random moments after it made progress, then lets it end."""
+    rng = np.random.default_rng(seed)
+    for _ in range(kills):
+        process = runs.start(config, workdir, *overrides)
+        try:
+            process.communicate(timeout=rng.uniform(2.5, 9.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        else:
+            break
+    process = runs.start(config, workdir, *overrides)
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    return output
+
+
+LONG = ("--config.steps=40000", "--config.log_every=100", "--config.checkpoint_every=200", "--config.eval_every=4000")
+
+
+@pytest.mark.parametrize(
+    ("kills", "overrides"),
+    [
+        (3, LONG),
+        pytest.param(25, (*LONG, "--config.steps=120000"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, kills, overrides):
+    config = runs.write_config(tmp_path)
+    undisturbed = runs.start(config, tmp_path / "undisturbed", *overrides)
+    kill_until_done(config, tmp_path / "killed", kills, 0, *overrides)
+    undisturbed.communicate()
+    assert runs.lines(tmp_path / "killed") == runs.lines(tmp_path / "undisturbed")
+    assert runs.result(tmp_path / "killed") == runs.result(tmp_path / "undisturbed")
+    states = [runs.final_state(tmp_path / name) for name in ("killed", "undisturbed")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_half_written_line_of_a_killed_run_is_written_again(finished, tmp_path):
+    config, undisturbed = finished
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "40")
+    half = runs.lines(tmp_path)[:-30]
+    (tmp_path / "metrics.jsonl").write_text(half + '\n{"step": 50, "split": "train"}\n{"step"')
+    assert runs.run(config, tmp_path) == 0
+    assert runs.lines(tmp_path) == runs.lines(undisturbed)
+    assert runs.result(tmp_path) == runs.result(undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_time(finished, tmp_path, caplog):
+    config, undisturbed = finished
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").unlink()
+    for path in (tmp_path / "checkpoints" / "40").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    assert runs.run(config, tmp_path) == 0
+    assert runs.lines(tmp_path) == runs.lines(undisturbed)
+    assert runs.result(tmp_path) == runs.result(undisturbed)
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_one_and_on_two(finished, tmp_path, monkeypatch):
+    config, undisturbed = finished
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        assert runs.run(config, tmp_path / "8", "--config.devices.data=4", "--config.devices.seed=2") != 0
+    for data in (1, 2):
+        workdir = tmp_path / str(data)
+        shutil.copytree(tmp_path / "8", workdir)
+        assert runs.run(config, workdir, f"--config.devices.data={data}") == 0
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            runs.final_state(workdir),
+            runs.final_state(undisturbed),
+        )
+
+
+def test_a_stage_starts_from_the_variables_of_the_one_it_names(tmp_path):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    assert runs.run(config, tmp_path / "run") == 0
+    base, tuned = (experiment.load(tmp_path / "run" / name).state for name in ("base", "tuned"))
+    # The second stage's learning rate is zero, so only batch statistics move.
+    jax.tree.map(np.testing.assert_array_equal, base.variables["params"], tuned.variables["params"])
+    result = json.loads(runs.result(tmp_path / "run"))
+    assert list(result["config"]["stages"]) == ["base", "tuned"]
+    assert {"base/test/accuracy", "tuned/test/accuracy"} <= set(result["evals"])
+    assert result["step"] == 60
+
+
+def test_stages_that_do_not_fit_are_refused(tmp_path):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    wider = '--config.stages.tuned.network={"name": "mlp", "num_classes": 2, "hidden": [9], "norm": "batch_norm"}'
+    with pytest.raises(UserError, match=r"stages.tuned.init_from: .* does not fit config.network: .*\[8\].*\[9\]"):
+        runs.run(config, tmp_path / "run", "--config.stages.base.steps=10", wider)
+
+
+def test_divergence_names_step_metric_and_seed_and_keeps_the_good_checkpoint(tmp_path):
+    config = runs.write_config(tmp_path, runs.CONFIG.replace("tests.toy:blobs", "tests.toy:exploding"))
+    with pytest.raises(UserError, match="'loss' is not finite at step 25 of seed 0; the checkpoint of step 20") as e:
+        runs.run(config, tmp_path / "run", "--config.data.at=25")
+    assert e.value.status == 1
+    assert json.loads(runs.result(tmp_path / "run"))["status"] == "diverged"
+    assert experiment.load(tmp_path / "run").step == 20
+
+
+def test_a_workdir_in_use_is_refused(finished):
+    config, workdir = finished
+    with (workdir / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by process"):
+            runs.run(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.stepz=3"], r"config.stepz: no such key. Did you mean 'steps'\?"),
+        (["--config.network.hiden=[3]"], r"config.network.hiden: mlp\(\) takes no 'hiden'. Did you mean 'hidden'"),
+        (["--config.netwrk.hidden=[3]"], "config.netwrk: no such section. Did you mean 'network'"),
+        (["--config.network.hidden=wide"], "config.network.hidden: .*expects .*, got 'wide'"),
+        (["--config.steps=many"], "config.steps: .*expects int, got 'many'"),
+        (["--config.steps=0"], "config.steps: expected 1 or more, got 0"),
+        (["--config.seed=-1"], "config.seed: expected 0 or more"),
+        (["--config.backend=tpu"], "config.backend: .*expects 'mesh' or 'pmap', got 'tpu'"),
+        (["--config.method.name=supervised.erms"], "no 'supervised.erms'.*Did you mean 'supervised.erm'"),
+        (["--config.devices.data=3"], "config.batch_size: 16 is not a multiple of devices.data=3"),
+        (["--config.devices.rows=3"], "config.devices.rows: .*no such key"),
+        (["--config.best_metric=test/acc"], "config.best_metric: no 'test/acc' is evaluated"),
+        (["--config.init_from=pretrain"], "config.init_from: .*pretrain: no run here"),
+        (["--config.steps"], "needs a value"),
+        (["--steps=3"], "--steps=3: not an option"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_field(tmp_path, overrides, message):
+    config = runs.write_config(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        runs.run(config, tmp_path / "run", *overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_config_file_or_size_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.py: no such config file"):
+        runs.run(tmp_path / "nowhere.py", tmp_path / "run")
+    with pytest.raises(UserError, match=r"no size 'papre'; sizes: cpu, paper"):
+        runs.run(f"{runs.write_config(tmp_path)}:papre", tmp_path / "run")
+
+
+def test_another_config_in_a_workdir_is_refused_with_what_differs(finished):
+    config, workdir = finished
+    with pytest.raises(UserError, match="holds a run of another config: optimizer.learning_rate: 0.1 → 0.2"):
+        runs.run(config, workdir, "--config.optimizer.learning_rate=0.2")
+
+
+def test_a_mistake_ends_a_process_with_status_2_and_one_line(tmp_path):
+    config = runs.write_config(tmp_path)
+    process = runs.start(config, tmp_path / "run", "--config.stepz=3")
+    output, error = process.communicate()
+    assert process.returncode == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: config.stepz")
+    assert not output
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir .*file/run: cannot be written"):
+        runs.run(runs.write_config(tmp_path), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_good(finished, tmp_path):
+    """A limit on the size of files stands for the full disk: the log outgrows it."""
+    config, _ = finished
+    command = runs.command(config, tmp_path, "--config.steps=100000", "--config.checkpoint_every=100")
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command]  # in units of 1024 bytes
+    process = subprocess.run(limited, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
+    assert process.returncode == 2, process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in process.stderr
+    assert experiment.load(tmp_path).step >= 100
+
+
+def test_two_processes_train_to_the_result_of_one(finished, tmp_path):
+    config, undisturbed = finished
+    processes = [
+        runs.start(
+            config,
+            tmp_path,
+            "--config.devices.data=2",
+            env=runs.environment(
+                COORDINATOR_ADDRESS=f"localhost:{20000 + os.getpid() % 10000}",
+                NUM_PROCESSES="2",
+                PROCESS_ID=str(i),
+                JAX_PLATFORMS="cpu",
+            ),
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    assert json.loads(runs.result(tmp_path))["environment"]["process_count"] == 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        runs.final_state(tmp_path),
+        runs.final_state(undisturbed),
+    )
