@@ -1,6 +1,7 @@
 """The one store of data sets: TFDS folders in array_record format, read and written without TensorFlow."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -112,11 +113,22 @@ def _is_numeric(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def arrays(dataset: str, split: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
-    """Loads a whole split into memory; takes what `open_source` takes, returns what `read` returns."""
+    """Loads a whole split into memory; takes what `open_source` takes, returns what `read` returns.
+
+    The arrays are read-only: the many places of a config that name one split share them.
+    """
+    return dict(_decoded(dataset, split, data_folder(data_dir)))
+
+
+@functools.lru_cache(maxsize=16)
+def _decoded(dataset: str, split: str, data_dir: str) -> dict[str, np.ndarray]:
     source = open_source(dataset, split, data_dir)
     starts = range(0, len(source), 1024)  # in parts, so that no list holds every image as an object
     parts = [read(source, range(start, min(start + 1024, len(source)))) for start in starts]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for column in columns.values():
+        column.flags.writeable = False
+    return columns
 
 
 def num_classes(dataset: str, data_dir: str | None = None, feature: str = "label") -> int:

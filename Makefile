@@ -1,0 +1,49 @@
+# Everything is set up by the first target that needs it: a virtual environment in .venv, installed from
+# pyproject.toml in the versions of requirements.lock.
+
+PYTHON ?= python3
+EXTRAS ?= test
+CONFIG ?= configs/ood_detection/digits.py
+WORKDIR ?= runs/$(basename $(notdir $(firstword $(subst :, ,$(CONFIG)))))
+ARGS ?=
+
+.PHONY: train test test-all lint bench lock clean
+
+# One stamp for each set of extras, so that `make test` adds what `make train` did not need.
+comma := ,
+installed = .venv/.installed-$(subst $(comma),-,$(or $(1),base))
+
+train: $(call installed,)
+	.venv/bin/python -m launch.train --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
+
+test: $(call installed,$(EXTRAS))
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(call installed,$(EXTRAS))
+	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(call installed,$(EXTRAS))
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+
+bench: $(call installed,$(EXTRAS))
+	.venv/bin/python -m launch.benchmark $(CONFIG) --against torch $(ARGS)
+
+lock: $(call installed,$(EXTRAS))
+	.venv/bin/pip install -q uv
+	echo "torch==2.13.0" | .venv/bin/uv pip compile pyproject.toml --extra test --extra torch --universal \
+	  --python-version 3.11 --no-emit-index-url --no-annotate --no-header -c - -q -o requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/.installed-%: pyproject.toml requirements.lock | .venv/bin/python
+	.venv/bin/pip install --quiet --constraint requirements.lock --editable ".$(if $(filter-out base,$*),[$(subst -,$(comma),$*)])"
+	touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; make PYTHON=python3.11 (or newer)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
