@@ -4,7 +4,9 @@
 PYTHON ?= python3
 EXTRAS ?= test
 CONFIG ?= configs/ood_detection/digits.py
-WORKDIR ?= runs/$(basename $(notdir $(firstword $(subst :, ,$(CONFIG)))))
+# configs/problem/name.py:paper runs in runs/name-paper.
+config_parts = $(subst :, ,$(CONFIG))
+WORKDIR ?= runs/$(basename $(notdir $(word 1,$(config_parts))))$(addprefix -,$(word 2,$(config_parts)))
 ARGS ?=
 
 .PHONY: train test test-all lint bench lock clean

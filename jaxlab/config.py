@@ -105,11 +105,10 @@ def complete(config: Mapping[str, Any], overrides: Mapping[str, str] | None = No
     Raises:
       UserError: unknown, missing or misspelt keys, or values of the wrong type.
     """
-    config = to_plain(config)
+    config = _with_defaults(to_plain(config))
     for key, value in (overrides or {}).items():
         _override(config, key, value)
     stages = config.pop("stages", None)
-    config = _with_defaults(config)
     if stages is None:
         settings_of(config)
         return config
@@ -207,6 +206,10 @@ def _import_file(path: str) -> types.ModuleType:
 def _override(config: dict[str, Any], key: str, text: str) -> None:
     """Sets one dotted key. In a named section any key may be set: its function judges it later."""
     *parents, last = key.split(".")
+    stages = config.get("stages") or {}
+    if stages and all(key.split(".")[0] in stage for stage in stages.values()):
+        places = ", ".join(f"config.stages.{name}.{key}" for name in stages)
+        raise UserError(f"config.{key}: every stage sets its own; set {places}.")
     section, path = config, "config"
     for parent in parents:
         if not isinstance(section.get(parent), dict):

@@ -6,7 +6,7 @@ compiled.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -117,7 +117,7 @@ def build_mesh(settings: Settings) -> Mesh:
     return devices.make_mesh(**axes, seeds=settings.seeds, batch_size=settings.batch_size)
 
 
-def open_checkpoints(workdir: Path, config: Mapping[str, Any]) -> Checkpoints:
+def open_checkpoints(workdir: Path, config: Mapping[str, Any], *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of a run's folder."""
     settings = configs.settings_of(config)
     return Checkpoints(
@@ -126,15 +126,16 @@ def open_checkpoints(workdir: Path, config: Mapping[str, Any]) -> Checkpoints:
         max_to_keep=settings.max_to_keep,
         best_metric=settings.best_metric,
         best_mode=settings.best_mode,
+        read_only=read_only,
     )
 
 
-def load(workdir: str | Path, step: int | None = None) -> Run:
-    """Loads a run from its folder, on the devices that are here.
+def load(workdir: str | Path, step: int | Literal["best"] | None = None) -> Run:
+    """Loads a run from its folder, on the devices that are here. Nothing in the folder is changed.
 
     Args:
       workdir: the folder of a run, or of a stage of one.
-      step: which checkpoint; the newest if None.
+      step: which checkpoint; "best" for the best by config.best_metric, the newest if None.
 
     Raises:
       UserError: no run there, no such checkpoint, or the run has stages and none was chosen.
@@ -146,7 +147,8 @@ def load(workdir: str | Path, step: int | None = None) -> Run:
     parts = build_parts(config)
     mesh = devices.make_mesh(1, 1, seeds=parts.settings.seeds, batch_size=parts.settings.batch_size)
     program = build_program(parts, mesh)
-    restored = open_checkpoints(workdir, config).restore(program.abstract(), step)
+    checkpoints = open_checkpoints(workdir, config, read_only=True)
+    restored = checkpoints.restore(program.abstract(), checkpoints.best_step() if step == "best" else step)
     if restored is None:
         raise UserError(f"{workdir}: no checkpoint that can be read; start the run with launch.train.")
     method = parts.make_method(None)

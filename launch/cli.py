@@ -55,9 +55,9 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
 def set_up_jax() -> None:
     """Joins the other hosts, turns the persistent compilation cache on, quietens libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    for library in ("absl", "jax", "orbax"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    # Orbax logs through absl what it raises too, and its failures are told in one line of ours.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("jax").setLevel(logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlab" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

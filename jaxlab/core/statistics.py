@@ -1,22 +1,23 @@
 """Mean and standard error over seeds, for every figure that is shown."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def mean_and_stderr(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the leading axis, in float64.
+def mean_and_stderr(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over the seeds, in float64, leaving out those that have no value (NaN).
 
     Args:
-      values: one entry a seed, each a number or a curve; all of one shape [...].
+      values: [seeds, ...].
 
     Returns:
-      Mean [...] and standard error [...], the sample deviation (n - 1) over √n; NaN where n is 1.
+      The mean [...] and s/√n with s the sample deviation (n - 1). The mean of no value and the standard
+      error of fewer than two are NaN.
     """
-    stacked = np.asarray(values, np.float64)
-    count = len(stacked)
-    if count == 1:
-        return stacked[0], np.full_like(stacked[0], np.nan)
-    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1) / np.sqrt(count)
+    values = np.asarray(values, dtype=np.float64)
+    present = ~np.isnan(values)
+    count = present.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(present, values, 0.0).sum(axis=0) / count
+        squares = np.where(present, (values - mean) ** 2, 0.0).sum(axis=0)
+        return mean, np.sqrt(squares / (count - 1) / count)

@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from jaxlab.core.statistics import mean_and_stderr
 from jaxlab.report.runs import Curve, Run
-from jaxlab.report.tables import is_fraction, mean_and_stderr, words
+from jaxlab.report.tables import is_fraction, words
 
 # Okabe and Ito's colours, told apart with any colour vision, less the yellow that white paper swallows.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -48,7 +49,7 @@ def draw_curves(metric: str, curves: Mapping[int, Curve], names: Sequence[str]) 
     axes.locator_params(nbins=5)
     lowest, highest = np.inf, -np.inf
     for index, (steps, values) in curves.items():
-        mean, stderr = mean_and_stderr(values)
+        mean, stderr = mean_and_stderr(values.T)
         line = _LINES[index % len(_LINES)]
         # The space keeps a name that opens with "_" in the legend; "$" would start a formula.
         label = " " + names[index].replace("$", r"\$")

@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import rich.box
 import rich.table
-from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from jaxlab.core.statistics import mean_and_stderr
 from jaxlab.report.runs import Evals, Run, evals_by_stage
 
 _LOWER = "fpr|fnr|loss|nll|ece|error|mse|rmse|mae|brier|cross_entropy|perplexity|gap|difference|disparity|fid"
@@ -86,20 +85,6 @@ class Table(NamedTuple):
     def headings(self) -> list[tuple[str, int]]:
         """Returns what spans the columns, and how many."""
         return [(heading, len(list(same))) for heading, same in groupby(c.heading for c in self.columns)]
-
-
-def mean_and_stderr(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard error s/√n (s with n - 1) over the last axis, the seeds, leaving out NaN.
-
-    The mean of no value and the standard error of fewer than two are NaN.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    present = ~np.isnan(values)
-    count = present.sum(axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(present, values, 0.0).sum(axis=-1) / count
-        squares = np.where(present, (values - mean[..., None]) ** 2, 0.0).sum(axis=-1)
-        return mean, np.sqrt(squares / (count - 1) / count)
 
 
 def direction(leaf: str) -> Literal["lower", "higher"] | None:

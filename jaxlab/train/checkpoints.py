@@ -1,6 +1,8 @@
 """Checkpoints through Orbax: asynchronous, atomic, verified when they are read."""
 
+import errno
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Each holds the state, its step, its config and a checksum of the state. The newest `max_to_keep` are
-    kept, and the best by `best_metric` where one is named.
+    kept, and the best by `best_metric` where one is named. Opened `read_only` nothing on the disk is
+    changed, so that a run's checkpoints can be read while it writes more.
     """
 
     def __init__(
@@ -35,31 +38,52 @@ class Checkpoints:
         max_to_keep: int = 2,
         best_metric: str | None = None,
         best_mode: str = "max",
+        read_only: bool = False,
     ):
         self._directory = directory
+        self._read_only = read_only
         self._config = config
+        self._best_metric, self._best_sign = best_metric, 1.0 if best_mode == "max" else -1.0
         policies = [checkpoint_managers.LatestN(max_to_keep)]
         if best_metric:
-            sign = 1.0 if best_mode == "max" else -1.0
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: sign * metrics[best_metric],
+                    get_metric_fn=self._rank,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
+                create=not read_only,
+                # Without it Orbax would not write the metric to the disk, where a resumed run finds it.
+                best_fn=self._rank if best_metric else None,
             ),
             item_names=("state", "about"),
         )
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int:
+        """The step of the best checkpoint by `best_metric`, the newer one of equals.
+
+        Raises:
+          UserError: no metric is named, or no checkpoint has it yet.
+        """
+        if not self._best_metric:
+            raise UserError(
+                f"{self._directory}: config.best_metric is not set; give the step of a checkpoint."
+            )
+        best = self._manager.best_step()
+        if best is None:
+            raise UserError(
+                f"{self._directory}: no checkpoint with an evaluation of '{self._best_metric}' yet."
+            )
+        return best
 
     def save(self, step: int, state: chex.ArrayTree, metrics: Mapping[str, float] | None = None) -> None:
         """Starts writing a checkpoint; returns once the state is copied.
@@ -91,7 +115,7 @@ class Checkpoints:
     def restore(self, abstract: chex.ArrayTree, step: int | None = None) -> tuple[int, chex.ArrayTree] | None:
         """Reads the checkpoint of `step`, or the newest that can be read.
 
-        Unreadable ones are reported, moved aside and passed over.
+        Unreadable ones are reported, moved aside (unless `read_only`) and passed over.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -106,16 +130,24 @@ class Checkpoints:
         if step is not None and step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self._directory}: no checkpoint of step {step}; there are: {have}.")
-        for candidate in [step] if step is not None else self.steps()[::-1]:
+        candidates = [step] if step is not None else self.steps()[::-1]
+        for candidate in candidates:
             try:
                 return candidate, self._read(candidate, abstract)
             except UserError:
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON make of a damaged file
-                reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                reason = _first_line(error)
                 if step is not None:
                     raise UserError(f"{self._directory}/{step}: cannot be read ({reason}).") from error
-                self._move_aside(candidate, reason)
+                if self._read_only:
+                    logger.warning("checkpoint of step %d cannot be read (%s)", candidate, reason)
+                else:
+                    self._move_aside(candidate, reason)
+        if self._read_only:
+            self._manager.reload()
+            if self.steps()[::-1] != candidates:  # the run has replaced them in the meantime
+                return self.restore(abstract)
         return None
 
     def _read(self, step: int, abstract: chex.ArrayTree) -> chex.ArrayTree:
@@ -135,6 +167,9 @@ class Checkpoints:
             raise ValueError("its checksum does not fit its arrays")
         return restored
 
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        return self._best_sign * metrics[self._best_metric]
+
     def _move_aside(self, step: int, reason: str) -> None:
         aside = self._directory.parent / "checkpoints.unreadable"
         if jax.process_index() == 0:
@@ -153,7 +188,8 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax raises what its threads and TensorStore raised
-            reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+            causes = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))
+            reason = next((cause for cause in causes if cause in str(error)), _first_line(error))
             raise UserError(
                 f"{self._directory}: writing a checkpoint failed ({reason});"
                 " free space or mend permissions, then run the same command again: it goes on from"
@@ -162,6 +198,10 @@ class Checkpoints:
 
     def _readable_steps(self) -> list[int]:
         return [int(path.name) for path in self._directory.glob("[0-9]*") if path.name.isdigit()]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 @jax.jit

@@ -1,7 +1,6 @@
 import io
 import math
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -11,7 +10,6 @@ from jaxlab.report.tables import (
     comparison,
     direction,
     is_fraction,
-    mean_and_stderr,
     print_table,
     summary_table,
     to_csv,
@@ -31,28 +29,6 @@ def _detection(offset):
 def _column(table, name):
     i = [column.name for column in table.columns].index(name)
     return {(row.run, row.stage, row.group): row.cells[i] for row in table.rows}
-
-
-def test_mean_and_stderr_are_those_of_a_sample():
-    values = np.random.default_rng(0).normal(size=(3, 5))
-    mean, stderr = mean_and_stderr(values)
-    np.testing.assert_allclose(mean, np.mean(values, axis=-1), rtol=1e-12)
-    np.testing.assert_allclose(stderr, np.std(values, axis=-1, ddof=1) / np.sqrt(5), rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("values", "mean", "stderr"),
-    [
-        ([1.0, 3.0, math.nan], 2.0, 1.0),
-        ([2.0, None], 2.0, math.nan),
-        ([2.0], 2.0, math.nan),
-        ([math.nan], math.nan, math.nan),
-        ([], math.nan, math.nan),
-    ],
-)
-def test_seeds_without_a_value_are_left_out(values, mean, stderr, recwarn):
-    np.testing.assert_equal(mean_and_stderr(values), (np.asarray(mean), np.asarray(stderr)))
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

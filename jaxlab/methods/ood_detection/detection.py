@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from jaxlab.core import Batch, Evaluator, Outputs, State, UserError
 from jaxlab.core.errors import nearest
 from jaxlab.methods.ood_detection.energy import energy, max_logit, maximum_softmax_probability
-from jaxlab.metrics.classification import correct
 from jaxlab.metrics.detection import Positive, Rule, evaluate_draws, ood_metrics, roc_curve
 from jaxlab.metrics.outputs import Dataset, Transform, collect_outputs
 
@@ -41,7 +40,7 @@ def detection(
     """Out-of-distribution detection by scores that share one forward pass per data set.
 
     Args:
-      dataset: in-distribution columns, with `label`.
+      dataset: in-distribution columns.
       ood: name -> columns of each out-of-distribution data set.
       scores: functions of logits [N, K], larger for OOD examples, known by their `__name__`; a string is
         a score of `ood_detection.energy`.
@@ -55,7 +54,7 @@ def detection(
       draws: number of draws.
 
     Returns:
-      An evaluator of `accuracy` and, for each score and OOD set, `<score>/<set>/fpr95`, `auroc` and `aupr`,
+      An evaluator of, for each score and OOD set, `<score>/<set>/fpr95`, `auroc` and `aupr`,
       in [0, 1], and their means over sets, `<score>/mean/...`. Its plots are drawn from the curves
       `histogram/<score>/edges`, `histogram/<score>/id` and `histogram/<score>/<set>`, fractions of the
       examples in each bin, and `roc/<score>/<set>`, true positive rates at 101 false positive rates
@@ -85,7 +84,7 @@ def detection(
         for name, columns in {"id": dataset, **ood}.items():
             outputs = collect_outputs(predict, state, columns, batch_size=batch_size, transforms=transforms)
             logits[name] = outputs["logits"]
-        metrics: dict[str, Any] = {"accuracy": float(correct(logits["id"], dataset["label"]).mean())}
+        metrics: dict[str, Any] = {}
         for score, function in by_name.items():
             values = {name: np.asarray(function(x), np.float64) for name, x in logits.items()}
             measured = {name: measure(i, values["id"], values[name]) for i, name in enumerate(ood)}

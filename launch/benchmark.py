@@ -1,0 +1,451 @@
+"""Measures how fast configs train, and how fast the same step is in plain PyTorch.
+
+  python -m launch.benchmark configs/ood_detection/digits.py
+  python -m launch.benchmark configs/ood_detection/digits.py:paper --stage energy --against torch
+
+Each program has a process of its own, and they take turns, round after round, so that a machine that is
+slowed by something else slows them all; figures are medians over the rounds, with the lowest and highest.
+A step is one of all seeds. Stages start from fresh variables. PyTorch trains the seeds one after the other
+on the data set that the stream draws from, with one thread or its default number, whichever is faster.
+"""
+
+import argparse
+import collections
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jaxlab import config as configs
+from jaxlab import experiment
+from jaxlab.core import UserError, build
+from jaxlab.core.errors import nearest
+from jaxlab.train import devices
+from jaxlab.train.evaluation import environment
+from jaxlab.train.loop import CALLS_AHEAD
+from launch import cli
+
+OURS = ("-c", "from launch.benchmark import serve; serve()")
+TORCH = ("-m", "third_party.torch_counterparts")
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # by JAX's backend
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.benchmark",
+        description=__doc__,
+        epilog="Any key of the configs can be set: --config.seeds=1, --config.network.depth=16.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", metavar="CONFIG[:SIZE]", nargs="+", help="config file; sizes: cpu, paper")
+    parser.add_argument("--against", choices=["torch"], help="measure the plain PyTorch counterpart too")
+    parser.add_argument("--stage", metavar="NAME", help="only this stage; default: each of a config's stages")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds each (default: 5)")
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, default=2.0, help="least length of a round (default: 2)"
+    )
+    parser.add_argument("--out", metavar="FILE.json", type=Path, help="write every figure there")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more.")
+    if not 0 < arguments.seconds < float("inf"):
+        raise UserError(f"--seconds {arguments.seconds}: expected a time above 0.")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise UserError(f"--out {arguments.out}: no folder {arguments.out.parent}; make it first.")
+    overrides = cli.overrides(rest)
+    stages = [
+        (name, stage, config)
+        for name in arguments.configs
+        for stage, config in _stages(name, arguments.stage, overrides)
+    ]
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
+    benchmarks = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for name, stage, config in stages:
+            task = progress.add_task(f"{_label(name, stage)}: compiling", total=arguments.rounds)
+
+            def show(done: int, program: str, task: Any = task, label: str = _label(name, stage)) -> None:
+                progress.update(task, completed=done, description=f"{label}: {program}")
+
+            figures = measure(
+                config,
+                stage,
+                against=arguments.against,
+                rounds=arguments.rounds,
+                seconds=arguments.seconds,
+                show=show,
+            )
+            benchmarks.append({"config": name, "stage": stage, **figures})
+            progress.remove_task(task)
+    if arguments.out:
+        content = {"overrides": overrides, "seconds": arguments.seconds, "benchmarks": benchmarks}
+        arguments.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(benchmarks)
+    return 0
+
+
+def measure(
+    config: Mapping[str, Any],
+    stage: str = "",
+    *,
+    against: str | None = None,
+    rounds: int,
+    seconds: float,
+    show: Callable[[int, str], None],
+) -> dict[str, Any]:
+    """Measures one experiment without stages, or one stage.
+
+    Args:
+      config: of the experiment or stage, checked.
+      stage: its name, for messages.
+      against: "torch", or None for our program alone.
+      rounds: how often each program runs.
+      seconds: the least length of a round.
+      show: `show(rounds_done, what_runs)`.
+
+    Returns:
+      What may be written as JSON; `steps_per_second` and the like are {"median", "min", "max", "values"}
+      over the rounds. FLOPs are XLA's count for the step as it is traced, an estimate: a loop's body
+      counts once. `flop_share` is that over what a large matrix product reached in the same round.
+      `memory_bytes` is the peak of the process (None where the system does not tell), `device_bytes` that
+      of the fullest accelerator (None for CPUs), both after the first round.
+    """
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(Worker(OURS, {"config": config, "stage": stage}))
+        programs, missing = {"ours": ours}, None
+        if against == "torch":
+            backend = ours.about["environment"]["backend"]
+            theirs, missing = _start_torch(config, backend, stack)
+            if theirs is not None:
+                programs["torch"] = theirs
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
+        memory, products = {}, []
+        for i in range(rounds):
+            for name, worker in programs.items():
+                show(i, name)
+                answers[name].append(worker.ask(seconds=seconds))
+                memory.setdefault(name, worker.peak_memory())  # before the matrix product adds its own
+            products.append(ours.ask(product=True)["flops_per_second"])
+    flops, seeds = ours.about["flops_per_step"], config["seeds"]
+    rates = {name: np.array([a["steps"] / a["seconds"] for a in given]) for name, given in answers.items()}
+    figures: dict[str, Any] = {
+        "seeds": seeds,
+        "batch_size": config["batch_size"],
+        "rounds": rounds,
+        "flops_per_step": flops,
+        "product_flops_per_second": _spread(products),
+        "torch": None,
+        "ratio": None,
+        "missing": missing,
+    }
+    for name, worker in programs.items():
+        figures[name] = {
+            **worker.about,
+            "steps_per_second": _spread(rates[name]),
+            "examples_per_second": _spread(rates[name] * seeds * config["batch_size"]),
+            "seconds_per_step_and_seed": _spread(1 / (rates[name] * seeds)),
+            "flop_share": _spread(flops * rates[name] / products) if flops else None,
+            "memory_bytes": memory[name],
+            "device_bytes": answers[name][0]["device_bytes"],
+        }
+    if "torch" in programs:
+        figures["ratio"] = _spread(rates["ours"] / rates["torch"])
+    return figures
+
+
+class WorkerDied(UserError):
+    """A measured process ended by itself; its traceback, if any, is on stderr."""
+
+    status = 1
+
+
+class Worker:
+    """A program in a process of its own, which runs only while it is asked to.
+
+    It reads one JSON object a line and answers each; the first is its task. What it answers to that is
+    `about`.
+
+    Raises:
+      UserError: the process says that its task is at fault.
+      WorkerDied: it is gone.
+    """
+
+    def __init__(self, command: Sequence[str], task: Mapping[str, Any]):
+        paths = [path or os.getcwd() for path in sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends it
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiling is measured
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the device is shared, its memory measured
+            },
+        )
+        try:
+            self.about = self.ask(**task)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(message), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerDied(f"the measured process ended with status {self._process.wait()}; see above.")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def peak_memory(self) -> int | None:
+        """The most bytes the process has had in memory."""
+        # Not ru_maxrss: on Linux a process takes that over from the one that started it.
+        status = Path(f"/proc/{self._process.pid}/status")
+        if not status.exists():
+            return None
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def serve() -> None:
+    """The process of our program: builds the task's config, then runs steps or the matrix product."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not mix with the replies
+
+    def reply(**content: Any) -> None:
+        print(json.dumps(content), file=replies, flush=True)
+
+    task = json.loads(sys.stdin.readline())
+    try:
+        parts = experiment.build_parts(task["config"], task["stage"])
+        mesh = experiment.build_mesh(parts.settings)
+        run, times = _compile(parts, mesh)
+    except UserError as error:
+        reply(error=str(error))
+        return
+    reply(environment=environment(), flops_per_step=_flops_per_step(parts), **times)
+    product = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "product" in message:
+            product = product or _matrix_product(mesh)
+            reply(flops_per_second=product())
+        else:
+            start = time.perf_counter()
+            steps = run(message["seconds"])
+            reply(steps=steps, seconds=time.perf_counter() - start, device_bytes=_device_memory(mesh))
+
+
+def _compile(parts: experiment.Parts, mesh: Mesh) -> tuple[Callable[[float], int], dict[str, float]]:
+    """Returns `run(seconds) -> steps`, and the seconds until it was compiled.
+
+    `start_seconds` is all that comes before the second call: tracing, the initial state, the first call.
+    `compile_seconds` is how much longer the first call takes than the second.
+    """
+    start = time.perf_counter()
+    program = experiment.build_program(parts, mesh)
+    replicas, step = program.init(), 0
+    # As in training, a call ends where a line of the log does.
+    steps_per_call = min(program.steps_per_call, parts.settings.log_every)
+
+    def run(seconds: float) -> int:
+        nonlocal replicas, step
+        begin, first = time.perf_counter(), step
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        with contextlib.closing(program.host_batches(step, np.iinfo(np.int32).max)) as batches:
+            while step == first or time.perf_counter() - begin < seconds:
+                replicas, done = program.call(replicas, step, steps_per_call, next(batches))
+                step += steps_per_call
+                in_flight.append(done)
+                if len(in_flight) > CALLS_AHEAD:
+                    in_flight.popleft().block_until_ready()
+        in_flight[-1].block_until_ready()
+        return step - first
+
+    jax.block_until_ready(replicas)
+    times = [time.perf_counter()]
+    for _ in range(2):
+        run(0.0)
+        times.append(time.perf_counter())
+    first_call, second_call = np.diff(times)
+    return run, {"start_seconds": times[1] - start, "compile_seconds": max(0.0, first_call - second_call)}
+
+
+def _flops_per_step(parts: experiment.Parts) -> float | None:
+    """FLOPs of one update of all seeds, as XLA counts them before it optimises; None if it does not."""
+    method, key = parts.make_method(None), jax.random.key(0)
+    stream = parts.stream
+    batch = jax.eval_shape(stream.batch, 0, key) if stream.on_device else stream.batch(0, key)
+    state = jax.eval_shape(method.init, key, batch)
+    cost = jax.jit(method.update).lower(state, batch, key).cost_analysis() or {}
+    flops = cost.get("flops", 0.0)
+    return parts.settings.seeds * flops if flops > 0 else None
+
+
+def _matrix_product(mesh: Mesh) -> Callable[[], float]:
+    """Returns a function that measures the FLOP/s of a large float32 matrix product on all devices.
+
+    It is the fastest of three, at JAX's default precision, which is that of the networks too.
+    """
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    rows = NamedSharding(mesh, PartitionSpec((devices.SEED, devices.DATA)))
+    left = devices.put(jnp.ones((size * mesh.size, size)), rows)
+    right = devices.put(jnp.ones((size, size)), devices.replicated(mesh))
+    multiply = jax.jit(jnp.matmul, out_shardings=rows)
+    multiply(left, right).block_until_ready()
+
+    def flops_per_second() -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            multiply(left, right).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return 2 * left.size * size / min(times)
+
+    return flops_per_second
+
+
+def _device_memory(mesh: Mesh) -> int | None:
+    """The most bytes that any device has held; None for devices that do not tell."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return max(s["peak_bytes_in_use"] for s in stats) if all(stats) else None
+
+
+def _start_torch(
+    config: Mapping[str, Any], backend: str, stack: contextlib.ExitStack
+) -> tuple[Worker | None, str | None]:
+    """Starts the counterpart, or says why there is none."""
+    if importlib.util.find_spec("torch") is None:
+        return None, "torch is not installed; pip install -e .[torch]"
+    if backend not in TORCH_DEVICES:
+        return None, f"plain PyTorch has no {backend}"
+    with tempfile.TemporaryDirectory() as folder:
+        data = _save_datasets(config["data"], config["data_dir"] or None, Path(folder))
+        task = {"config": {**config, "data": data}, "device": TORCH_DEVICES[backend]}
+        worker = stack.enter_context(Worker(TORCH, task))
+    return (None, worker.about["missing"]) if "missing" in worker.about else (worker, None)
+
+
+def _save_datasets(section: Mapping[str, Any], data_dir: str | None, folder: Path) -> dict[str, Any]:
+    """Writes the data sets of a data section to files; returns the section with their paths in place."""
+    saved = {}
+    for key, value in section.items():
+        if key == "dataset" and isinstance(value, Mapping):
+            path = folder / f"{len(list(folder.iterdir()))}.npz"
+            np.savez(path, **build("data", value, data_dir=data_dir))
+            value = str(path)
+        elif isinstance(value, Mapping):
+            value = _save_datasets(value, data_dir, folder)
+        saved[key] = value
+    return saved
+
+
+def _stages(
+    name: str, wanted: str | None, overrides: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    config = experiment.load_config(name, overrides)
+    stages = configs.stage_configs(config)
+    if wanted is None:
+        yield from (stages or {"": config}).items()
+    elif wanted in stages:
+        yield wanted, stages[wanted]
+    else:
+        there = f"It has: {', '.join(stages)}." if stages else "It has none."
+        raise UserError(f"--stage {wanted}: {name} has no such stage.{nearest(wanted, stages)} {there}")
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    values = [float(value) for value in values]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
+
+
+def _label(name: str, stage: str) -> str:
+    path, colon, size = name.partition(":")
+    return " · ".join(filter(None, [f"{Path(path).stem}{colon}{size}", stage]))
+
+
+def _print(benchmarks: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heads = ("compile s", "steps/s", "examples/s", "ms/step/seed", "peak MB", "FLOP/s share", "ours/torch")
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for benchmark in benchmarks:
+        for program in ("ours", "torch"):
+            figures = benchmark[program]
+            if figures is None:
+                continue
+            memory = figures["device_bytes"] or figures["memory_bytes"]
+            ratio = benchmark["ratio"] if program == "ours" else None
+            table.add_row(
+                _label(benchmark["config"], benchmark["stage"]) if program == "ours" else "",
+                program,
+                f"{figures['compile_seconds']:.2f}" if "compile_seconds" in figures else "",
+                _cell(figures["steps_per_second"]),
+                f"{figures['examples_per_second']['median']:,.0f}",
+                f"{1e3 * figures['seconds_per_step_and_seed']['median']:.3g}",
+                f"{memory / 1e6:,.0f}" if memory else "",
+                f"{figures['flop_share']['median']:.1%}" if figures["flop_share"] else "",
+                _cell(ratio) if ratio else "",
+            )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # in a file, lines may be as long as they are
+    console.print(table)
+    for benchmark in benchmarks:
+        label = _label(benchmark["config"], benchmark["stage"])
+        if benchmark["missing"]:
+            console.print(f"{label}: not measured against torch: {benchmark['missing']}", markup=False)
+    there, product = benchmarks[0]["ours"]["environment"], benchmarks[0]["product_flops_per_second"]
+    console.print(
+        f"jax {there['jax']}, {there['device_count']} × {there['device']}; a large float32 matrix product"
+        f" reaches {product['median'] / 1e9:,.0f} GFLOP/s. Medians of {benchmarks[0]['rounds']} rounds"
+        " [lowest–highest]; FLOPs are XLA's estimate.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(spread: Mapping[str, Any]) -> str:
+    def spell(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    return f"{spell(spread['median'])} \\[{spell(spread['min'])}–{spell(spread['max'])}]"
+
+
+if __name__ == "__main__":
+    cli.run(main)

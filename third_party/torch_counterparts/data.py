@@ -1,0 +1,77 @@
+"""From a data section to batches: a data set in memory, drawn from at random, as an ordinary script does."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from third_party.torch_counterparts import NoCounterpart, call
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> Callable[[], dict[str, Any]]:
+    """Returns `sample() -> batch`.
+
+    Args:
+      section: a config's data section, in which each `dataset` is the path of an .npz file with the columns.
+      batch_size: where the section gives none.
+      device: where the data lie.
+    """
+    if section["name"] == "streams.with_auxiliary":
+        main = make_sample(section["stream"], batch_size=batch_size, device=device)
+        auxiliary = make_sample(section["auxiliary"], batch_size=batch_size, device=device)
+        return lambda: {**main(), "auxiliary": auxiliary()}
+    if section["name"] != "streams.resident":
+        raise NoCounterpart(f"no counterpart of {section['name']}")
+    with np.load(section["dataset"]) as columns:
+        tensors = {name: torch.from_numpy(columns[name]).to(device) for name in columns}
+    if "label" in tensors:
+        tensors["label"] = tensors["label"].long()
+    tensors["image"] = tensors["image"].movedim(-1, 1).contiguous()
+    transforms = [call(_TRANSFORMS, transform, device) for transform in section.get("transforms", ())]
+    batch_size = section.get("batch_size", batch_size)
+
+    def sample() -> dict[str, Any]:
+        index = torch.randint(len(tensors["image"]), (batch_size,), device=device)
+        batch = {name: tensor[index] for name, tensor in tensors.items()}
+        for transform in transforms:
+            batch["image"] = transform(batch["image"])
+        return batch
+
+    return sample
+
+
+def _standardize(device: str, *, scale=255.0, mean=(0.0,), std=(1.0,)) -> Transform:
+    mean, std = (torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (mean, std))
+    return lambda image: (image.float() / scale - mean) / std
+
+
+def _random_crop(device: str, *, padding: int) -> Transform:
+    def crop(image: torch.Tensor) -> torch.Tensor:
+        count, _, height, width = image.shape
+        padded = F.pad(image, (padding,) * 4)
+        top, left = torch.randint(2 * padding + 1, (2, count, 1), device=device)
+        rows = (top + torch.arange(height, device=device))[:, :, None]
+        columns = (left + torch.arange(width, device=device))[:, None, :]
+        example = torch.arange(count, device=device)[:, None, None]
+        return padded[example, :, rows, columns].movedim(-1, 1)
+
+    return crop
+
+
+def _random_flip(device: str) -> Transform:
+    def flip(image: torch.Tensor) -> torch.Tensor:
+        flipped = torch.rand(len(image), 1, 1, 1, device=device) < 0.5
+        return torch.where(flipped, image.flip(-1), image)
+
+    return flip
+
+
+_TRANSFORMS = {
+    "transforms.standardize": _standardize,
+    "transforms.random_crop": _random_crop,
+    "transforms.random_flip": _random_flip,
+}
