@@ -130,12 +130,13 @@ def open_checkpoints(workdir: Path, config: Mapping[str, Any], *, read_only: boo
     )
 
 
-def load(workdir: str | Path, step: int | Literal["best"] | None = None) -> Run:
-    """Loads a run from its folder, on the devices that are here. Nothing in the folder is changed.
+def load(workdir: str | Path, step: int | Literal["best"] | None = None, *, mesh: Mesh | None = None) -> Run:
+    """Loads a run from its folder. Nothing in the folder is changed.
 
     Args:
       workdir: the folder of a run, or of a stage of one.
       step: which checkpoint; "best" for the best by config.best_metric, the newest if None.
+      mesh: the devices to load it on; one if None.
 
     Raises:
       UserError: no run there, no such checkpoint, or the run has stages and none was chosen.
@@ -145,7 +146,8 @@ def load(workdir: str | Path, step: int | Literal["best"] | None = None) -> Run:
     if "stages" in config:
         raise UserError(f"{workdir}: this run has stages; load one of {', '.join(config['stages'])} in it.")
     parts = build_parts(config)
-    mesh = devices.make_mesh(1, 1, seeds=parts.settings.seeds, batch_size=parts.settings.batch_size)
+    if mesh is None:
+        mesh = devices.make_mesh(1, 1, seeds=parts.settings.seeds, batch_size=parts.settings.batch_size)
     program = build_program(parts, mesh)
     checkpoints = open_checkpoints(workdir, config, read_only=True)
     restored = checkpoints.restore(program.abstract(), checkpoints.best_step() if step == "best" else step)

@@ -1,11 +1,12 @@
-"""What every command shares: errors in one line, config overrides, JAX's settings."""
+"""What every command shares: errors in one line, config overrides, JSON files, JAX's settings."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging as absl_logging
@@ -50,6 +51,14 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
                 raise UserError(f"{argument}: needs a value, {argument}=VALUE.")
         found[key.removeprefix("--config.")] = value
     return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def set_up_jax() -> None:

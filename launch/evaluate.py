@@ -9,7 +9,6 @@ bit where the devices are the same.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = (_evaluate_stages if "stages" in config else evaluate)(workdir, arguments.step)
     print_table(result, title=str(workdir))
     if out:
-        text = json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False)
-        out.write_text(text + "\n", encoding="utf-8")
+        cli.write_json(out, result)
     return 0
 
 

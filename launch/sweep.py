@@ -281,9 +281,7 @@ def _record(
         sweep["searches"].append(search)
     sweep["runs"] |= runs
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(sweep, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    cli.write_json(path, sweep)
     return list(sweep["runs"])
 
 

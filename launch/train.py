@@ -79,7 +79,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
                 "evals": {f"{s}/{k}": v for s, result in results.items() for k, v in result["evals"].items()},
             }
             if primary:
-                _write_json(workdir / "result.json", result)
+                cli.write_json(workdir / "result.json", result)
         else:
             result = _run_stage(config, workdir, primary)
         if primary:
@@ -97,20 +97,26 @@ def _run_stage(config: Mapping[str, Any], workdir: Path, primary: bool, stage: s
         return finished
     parts = experiment.build_parts(config, stage)
     settings = parts.settings
+    mesh = experiment.build_mesh(settings)
     handed_over = None
     if settings.init_from:
         try:
-            handed_over = experiment.load(workdir.parent / settings.init_from).state.variables
+            source = experiment.load(workdir.parent / settings.init_from, mesh=mesh)
         except UserError as error:
             raise UserError(f"{configs.place(stage)}.init_from: {error}") from error
-    mesh = experiment.build_mesh(settings)
+        if source.config["seeds"] != settings.seeds:
+            raise UserError(
+                f"{configs.place(stage)}.init_from: '{settings.init_from}' has {source.config['seeds']} seeds"
+                f" and this run {settings.seeds}; give both the same."
+            )
+        handed_over = source.state.variables
     program = experiment.build_program(parts, mesh, handed_over)
     evaluate = make_evaluate(parts.make_method, parts.evaluators, mesh)
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     result = {"status": "running", "step": 0, "seeds": seeds, "config": dict(config)}
     result |= {"environment": environment(), "evals": {}}
     if primary:
-        _write_json(workdir / "result.json", result)
+        cli.write_json(workdir / "result.json", result)
     with contextlib.closing(experiment.open_checkpoints(workdir, config)) as checkpoints:
         try:
             _, evals = train(
@@ -128,12 +134,12 @@ def _run_stage(config: Mapping[str, Any], workdir: Path, primary: bool, stage: s
         except (DivergenceError, Interrupted) as error:
             if primary:
                 status = "diverged" if isinstance(error, DivergenceError) else "interrupted"
-                _write_json(workdir / "result.json", {**result, "status": status})
+                cli.write_json(workdir / "result.json", {**result, "status": status})
             raise
     result |= {"status": "complete", "step": settings.steps, "evals": to_json(evals)}
     if primary:
         _draw(parts.evaluators, evals, workdir / "plots")
-        _write_json(workdir / "result.json", result)
+        cli.write_json(workdir / "result.json", result)
     return result
 
 
@@ -187,7 +193,7 @@ def _start(config: Mapping[str, Any], workdir: Path, primary: bool) -> None:
                     " Use another workdir, or the config it was started with."
                 )
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, config)
+    cli.write_json(path, config)
 
 
 def _read_result(workdir: Path) -> dict[str, Any] | None:
@@ -197,15 +203,6 @@ def _read_result(workdir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return result if result.get("status") == "complete" else None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

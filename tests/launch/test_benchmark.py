@@ -125,9 +125,9 @@ def test_a_config_that_torch_has_no_counterpart_of_is_measured_alone(toy_file, t
 
 def test_torch_is_measured_in_the_same_rounds(stages_file, tmp_path, capsys):
     pytest.importorskip("torch")
-    arguments = [stages_file, "--against", "torch", "--stage", "energy"]
+    arguments = [stages_file, "--against", "torch", "--stage", "erm"]
     (figures,) = measure(arguments, tmp_path)
-    assert (figures["stage"], figures["seeds"], figures["missing"]) == ("energy", 2, None)
+    assert (figures["stage"], figures["seeds"], figures["missing"]) == ("erm", 2, None)
     for program in ("ours", "torch"):
         check_program(figures[program], 2, 8, figures["flops_per_step"])
     rates = [figures[program]["steps_per_second"]["values"] for program in ("ours", "torch")]
@@ -136,7 +136,21 @@ def test_torch_is_measured_in_the_same_rounds(stages_file, tmp_path, capsys):
         figures["torch"]["flop_share"]["values"],
         figures["flops_per_step"] * np.divide(rates[1], figures["product_flops_per_second"]["values"]),
     )
-    assert "stages_config · energy" in capsys.readouterr().out
+    assert "stages_config · erm" in capsys.readouterr().out
+
+
+def test_the_counterpart_takes_outliers_from_a_stream_of_their_own(stages_file, tmp_path):
+    torch = pytest.importorskip("torch")
+    from third_party.torch_counterparts.__main__ import make_step
+    from third_party.torch_counterparts.data import make_sample
+
+    config = configs.stage_configs(experiment.load_config(stages_file))["energy"]
+    data = benchmark._save_datasets(config["data"], None, tmp_path)
+    batch = make_sample(data, batch_size=8, device="cpu")()
+    assert batch["image"].shape == (8, 2, 8, 8)
+    assert batch["auxiliary"]["image"].shape == (12, 2, 8, 8)
+    assert batch["auxiliary"]["image"].dtype == torch.float32
+    make_step({**config, "data": data}, "cpu")()
 
 
 def test_flops_of_a_linear_layer_and_its_gradient_are_the_closed_form(toy_file):
@@ -196,7 +210,7 @@ def test_bad_arguments_name_the_mend(stages_file, arguments, message):
 
 def test_a_stage_of_a_config_without_stages_is_the_users_error(toy_file):
     with pytest.raises(UserError, match="no such stage. It has none"):
-        benchmark.main([toy_file, "--stage", "energy"])
+        benchmark.main([toy_file, "--stage", "erm"])
 
 
 # --- The counterparts ---

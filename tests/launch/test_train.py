@@ -172,8 +172,22 @@ def test_a_stage_starts_from_the_variables_of_the_one_it_names(tmp_path):
     assert result["step"] == 60
 
 
+@pytest.mark.parametrize("devices", [("1", "8"), ("2", "2")], ids="x".join)
+def test_stages_hand_over_on_many_devices_as_on_one(tmp_path, devices):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    many = [f"--config.devices.{axis}={size}" for axis, size in zip(("seed", "data"), devices)]
+    for name, overrides in (("one", []), ("many", many)):
+        assert runs.run(config, tmp_path / name, *overrides) == 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        *(runs.final_state(tmp_path / name / "tuned") for name in ("one", "many")),
+    )
+
+
 def test_stages_that_do_not_fit_are_refused(tmp_path):
     config = runs.write_config(tmp_path, runs.STAGED)
+    with pytest.raises(UserError, match=r"stages.tuned.init_from: 'base' has 3 seeds and this run 2; give both"):
+        runs.run(config, tmp_path / "seeds", "--config.stages.base.seeds=3", "--config.stages.base.steps=10")
     wider = '--config.stages.tuned.network={"name": "mlp", "num_classes": 2, "hidden": [9], "norm": "batch_norm"}'
     with pytest.raises(UserError, match=r"stages.tuned.init_from: .* does not fit config.network: .*\[8\].*\[9\]"):
         runs.run(config, tmp_path / "run", "--config.stages.base.steps=10", wider)
@@ -266,11 +280,12 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_good(finished, 
 
 
 def test_two_processes_train_to_the_result_of_one(finished, tmp_path):
-    config, undisturbed = finished
+    _, undisturbed = finished
+    config = runs.write_config(tmp_path, runs.STAGED)
     processes = [
         runs.start(
             config,
-            tmp_path,
+            tmp_path / "run",
             "--config.devices.data=2",
             env=runs.environment(
                 COORDINATOR_ADDRESS=f"localhost:{20000 + os.getpid() % 10000}",
@@ -284,9 +299,9 @@ def test_two_processes_train_to_the_result_of_one(finished, tmp_path):
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-    assert json.loads(runs.result(tmp_path))["environment"]["process_count"] == 2
+    assert json.loads(runs.result(tmp_path / "run"))["environment"]["process_count"] == 2
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-        runs.final_state(tmp_path),
+        runs.final_state(tmp_path / "run" / "base"),
         runs.final_state(undisturbed),
     )
