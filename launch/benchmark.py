@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from jaxlab import config as configs
 from jaxlab import experiment
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     benchmarks = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, stage, config in stages:
             task = progress.add_task(f"{_label(name, stage)}: compiling", total=arguments.rounds)
 
@@ -397,54 +399,58 @@ def _label(name: str, stage: str) -> str:
 
 
 def _print(benchmarks: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    heads = ("compile s", "steps/s", "examples/s", "ms/step/seed", "peak MB", "FLOP/s share", "ours/torch")
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for benchmark in benchmarks:
-        for program in ("ours", "torch"):
-            figures = benchmark[program]
-            if figures is None:
-                continue
-            memory = figures["device_bytes"] or figures["memory_bytes"]
-            ratio = benchmark["ratio"] if program == "ours" else None
-            table.add_row(
-                _label(benchmark["config"], benchmark["stage"]) if program == "ours" else "",
-                program,
-                f"{figures['compile_seconds']:.2f}" if "compile_seconds" in figures else "",
-                _cell(figures["steps_per_second"]),
-                f"{figures['examples_per_second']['median']:,.0f}",
-                f"{1e3 * figures['seconds_per_step_and_seed']['median']:.3g}",
-                f"{memory / 1e6:,.0f}" if memory else "",
-                f"{figures['flop_share']['median']:.1%}" if figures["flop_share"] else "",
-                _cell(ratio) if ratio else "",
-            )
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # in a file, lines may be as long as they are
-    console.print(table)
+    # Where the terminal is narrow, cells are broken at their spaces, so that no figure is cut.
+    between = " " if console.width >= 100 else "\n"
+    heads = "", "compile s", "steps/s", "examples/s", "ms/step /seed", "peak MB", "FLOP/s share", "ratio"
     for benchmark in benchmarks:
         label = _label(benchmark["config"], benchmark["stage"])
+        table = Table(
+            title=Text(label, "bold"), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for head in heads:
+            table.add_column(head.replace(" ", "\n"), justify="right" if head else "left")
+        for program in ("ours", "torch"):
+            if benchmark[program]:
+                table.add_row(*(Text(cell.replace(" ", between)) for cell in _row(benchmark, program)))
+        console.print(table)
         if benchmark["missing"]:
-            console.print(f"{label}: not measured against torch: {benchmark['missing']}", markup=False)
-    there, product = benchmarks[0]["ours"]["environment"], benchmarks[0]["product_flops_per_second"]
+            console.print(Text(f"not measured against torch: {benchmark['missing']}\n"), soft_wrap=True)
+    first = benchmarks[0]
+    versions = [f"jax {first['ours']['environment']['jax']}"]
+    versions += [f"torch {b['torch']['environment']['torch']}" for b in benchmarks if b["torch"]][:1]
     console.print(
-        f"jax {there['jax']}, {there['device_count']} × {there['device']}; a large float32 matrix product"
-        f" reaches {product['median'] / 1e9:,.0f} GFLOP/s. Medians of {benchmarks[0]['rounds']} rounds"
-        " [lowest–highest]; FLOPs are XLA's estimate.",
+        f"{', '.join(versions)} on {first['ours']['environment']['device']}; a large float32 matrix product"
+        f" reaches {first['product_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s. Medians of"
+        f" {first['rounds']} rounds [lowest–highest]; ratio is ours / torch; FLOPs are XLA's estimate.",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _cell(spread: Mapping[str, Any]) -> str:
+def _row(benchmark: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    figures, ours = benchmark[program], program == "ours"
+    memory = figures["device_bytes"] or figures["memory_bytes"]
+    return (
+        program,
+        f"{figures['compile_seconds']:.2f}" if ours else "",
+        _median_and_range(figures["steps_per_second"]),
+        f"{figures['examples_per_second']['median']:,.0f}",
+        f"{1e3 * figures['seconds_per_step_and_seed']['median']:.3g}",
+        f"{memory / 1e6:,.0f}" if memory else "",
+        f"{figures['flop_share']['median']:.1%}" if figures["flop_share"] else "",
+        _median_and_range(benchmark["ratio"]) if ours and benchmark["ratio"] else "",
+    )
+
+
+def _median_and_range(spread: Mapping[str, Any]) -> str:
     def spell(value: float) -> str:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
-    return f"{spell(spread['median'])} \\[{spell(spread['min'])}–{spell(spread['max'])}]"
+    return f"{spell(spread['median'])} [{spell(spread['min'])}–{spell(spread['max'])}]"
 
 
 if __name__ == "__main__":

@@ -176,24 +176,22 @@ def _claim(workdir: Path) -> Iterator[None]:
 
 
 def _start(config: Mapping[str, Any], workdir: Path, primary: bool) -> None:
-    """Writes config.json, or checks that the run that is there has the same config."""
+    """Writes config.json, or checks that the run that has begun there has the same config."""
     if not primary:
         return
-    path = workdir / "config.json"
-    if path.exists():
+    if any(workdir.rglob("metrics.jsonl")):
         try:
-            there = configs.read_config(workdir)
-        except UserError:
-            logger.warning("%s cannot be read and is written anew; checkpoints hold the config too", path)
-        else:
-            differing = differences(there, config)
-            if differing:
-                raise UserError(
-                    f"--workdir {workdir}: holds a run of another config: {'; '.join(differing)}."
-                    " Use another workdir, or the config it was started with."
-                )
+            differing = differences(configs.read_config(workdir), config)
+        except UserError as error:  # the checkpoints hold the config too
+            logger.warning("%s It is written anew.", error)
+            differing = []
+        if differing:
+            raise UserError(
+                f"--workdir {workdir}: holds a run of another config: {'; '.join(differing)}."
+                " Use another workdir, or the config it was started with."
+            )
     workdir.mkdir(parents=True, exist_ok=True)
-    cli.write_json(path, config)
+    cli.write_json(workdir / "config.json", config)
 
 
 def _read_result(workdir: Path) -> dict[str, Any] | None:

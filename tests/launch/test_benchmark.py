@@ -73,6 +73,14 @@ def noise(count: int) -> dict[str, np.ndarray]:
     return {"image": image, "label": rng.integers(0, 10, count, dtype=np.int32)}
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(monkeypatch):
+    """The processes that are measured compile fast and run slowly; speed is not what is tested."""
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+
+
 @pytest.fixture
 def toy_file(tmp_path):
     path = tmp_path / "toy_config.py"
@@ -119,7 +127,8 @@ def test_a_config_that_torch_has_no_counterpart_of_is_measured_alone(toy_file, t
         reason = "torch is not installed; pip install -e .[torch]"
     assert figures["missing"] == reason
     printed = capsys.readouterr().out
-    assert f"toy_config: not measured against torch: {reason}" in printed
+    assert f"not measured against torch: {reason}\n" in printed
+    assert "toy_config" in printed
     assert "steps/s" in printed
 
 
@@ -242,7 +251,7 @@ def variables_of(module):
         ("energy", dict(name="mlp", activation="silu")),
         ("exposure", dict(name="conv_net", norm_order="after", activation="gelu")),
         ("energy", dict(name="wide_resnet", depth=10, widen_factor=2, dropout_rate=0.0)),
-        ("erm", dict(name="resnet", depth=20)),
+        pytest.param("erm", dict(name="resnet", depth=20), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value["name"],
 )

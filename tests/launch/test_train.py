@@ -250,6 +250,13 @@ def test_another_config_in_a_workdir_is_refused_with_what_differs(finished):
         runs.run(config, workdir, "--config.optimizer.learning_rate=0.2")
 
 
+def test_a_config_that_never_began_may_be_mended_in_the_same_workdir(tmp_path):
+    config = runs.write_config(tmp_path)
+    with pytest.raises(UserError, match="not a multiple"):
+        runs.run(config, tmp_path / "run", "--config.devices.data=3")
+    assert runs.run(config, tmp_path / "run", "--config.batch_size=8", "--config.steps=10") == 0
+
+
 def test_a_mistake_ends_a_process_with_status_2_and_one_line(tmp_path):
     config = runs.write_config(tmp_path)
     process = runs.start(config, tmp_path / "run", "--config.stepz=3")
