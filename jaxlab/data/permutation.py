@@ -25,9 +25,10 @@ def permuted_index(key: chex.PRNGKey, position: jax.Array, size: int) -> jax.Arr
     Returns:
       int32 of the shape of `position`: `jnp.arange(size)` gives the whole permutation.
     """
-    mirror_key, salt_key = jax.random.split(key)
-    mirrors = jax.random.randint(mirror_key, (_ROUNDS,), 0, size)
-    salts = jax.random.bits(salt_key, (_ROUNDS,), jnp.uint32)
+    # One draw for both: a call of the generator takes a CPU longer to compile than all the rest. The
+    # remainder favours some mirrors by at most size / 2^32, against 1 / size.
+    bits, salts = jax.random.bits(key, (2, _ROUNDS), jnp.uint32)
+    mirrors = (bits % jnp.uint32(size)).astype(jnp.int32)
 
     def swap_or_not(round: jax.Array, index: jax.Array) -> jax.Array:
         partner = mirrors[round] - index
@@ -36,8 +37,10 @@ def permuted_index(key: chex.PRNGKey, position: jax.Array, size: int) -> jax.Arr
         return jnp.where(_hash(pair ^ salts[round]) >> 31 == 1, partner, index)
 
     index = jnp.asarray(position, jnp.int32)
-    # Unrolled, so that an accelerator can fuse the rounds into one kernel.
-    return jax.lax.fori_loop(0, _ROUNDS, swap_or_not, index, unroll=True)
+    # Unrolled, so that an accelerator can fuse the rounds into one kernel; on a CPU the loop is the faster
+    # (17 against 63 µs for 256 of 60,000 positions) and compiles sooner.
+    unroll = jax.default_backend() != "cpu"
+    return jax.lax.fori_loop(0, _ROUNDS, swap_or_not, index, unroll=unroll)
 
 
 def _hash(x: jax.Array) -> jax.Array:
