@@ -4,19 +4,34 @@ What its sections name is checked in `jaxlab.experiment`.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
+import math
+import re
+import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
+import numpy as np
 
 from jaxlab.core import UserError
 from jaxlab.core.errors import nearest
-from jaxlab.core.resolve import check_arguments
+from jaxlab.core.resolve import check_arguments, describe
+
+logger = logging.getLogger(__name__)
+
+# Beside the folders of stages, a run's folder has these.
+_FOLDERS = ("checkpoints", "plots", "report")
+_INT32_MAX = 2**31 - 1
+_LEAST = dict.fromkeys(
+    ("steps", "batch_size", "seeds", "log_every", "max_to_keep", "accumulate_steps", "steps_per_call"), 1
+) | dict.fromkeys(("seed", "eval_every", "checkpoint_every", "clip_norm"), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,10 +107,10 @@ def read_file(path_and_size: str, overrides: Mapping[str, str] | None = None) ->
     get_config = getattr(_import_file(path), "get_config", None)
     if not callable(get_config):
         raise UserError(f"{path}: a config file defines get_config(size='cpu'); this one does not.")
-    try:
+    with _naming_line(path):
         config = get_config(*arguments.split(",")) if arguments else get_config()
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: get_config({arguments!r}) failed: {error}.") from error
+    if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
+        raise UserError(f"{path}: get_config() returned {config!r}; it returns a ConfigDict.")
     return complete(config, overrides)
 
 
@@ -108,16 +123,11 @@ def complete(config: Mapping[str, Any], overrides: Mapping[str, str] | None = No
     config = _with_defaults(to_plain(config))
     for key, value in (overrides or {}).items():
         _override(config, key, value)
-    stages = config.pop("stages", None)
-    if stages is None:
+    stages = _stages(config)
+    config.pop("stages", None)
+    if not stages:
         settings_of(config)
         return config
-    if (
-        not isinstance(stages, Mapping)
-        or not stages
-        or not all(isinstance(s, Mapping) for s in stages.values())
-    ):
-        raise UserError(f"config.stages: expected a section for each stage, got {stages!r}.")
     config["stages"] = {name: stages[name] for name in _stage_order(stages)}
     for name, stage in stage_configs(config).items():
         settings_of(stage, name)
@@ -159,32 +169,42 @@ def settings_of(config: Mapping[str, Any], stage: str = "") -> Settings:
     path = place(stage)
     check_arguments(Settings, config, path, "a config")
     settings = Settings(**config)
-    for key in (
-        "steps",
-        "batch_size",
-        "seeds",
-        "log_every",
-        "max_to_keep",
-        "accumulate_steps",
-        "steps_per_call",
-    ):
-        if getattr(settings, key) < 1:
-            raise UserError(f"{path}.{key}: expected 1 or more, got {getattr(settings, key)}.")
-    for key in ("seed", "eval_every", "checkpoint_every", "clip_norm"):
-        if getattr(settings, key) < 0:
-            raise UserError(f"{path}.{key}: expected 0 or more, got {getattr(settings, key)}.")
-    check_arguments(lambda seed, data: None, settings.devices, f"{path}.devices", "the mesh")
+    for key, least in _LEAST.items():
+        value, most = getattr(settings, key), _INT32_MAX - (settings.seeds if key == "seed" else 0)
+        if value < least:
+            raise UserError(f"{path}.{key}: expected {least} or more, got {value}.")
+        if value > most:
+            raise UserError(f"{path}.{key}: expected {most} or less, got {value}.")
+    check_arguments(_mesh, settings.devices, f"{path}.devices", "the mesh")
     return settings
 
 
-def to_plain(value: Any) -> Any:
-    """A ConfigDict as plain dicts and lists, as it is written to JSON; the order of keys is kept."""
-    if isinstance(value, ml_collections.ConfigDict):
-        value = dict(value.items())
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(v) for key, v in value.items()}
+def _mesh(*, seed: int, data: int) -> None:
+    """What `config.devices` is checked against."""
+
+
+def to_plain(value: Any, path: str = "config") -> Any:
+    """A ConfigDict as plain dicts and lists, as it is written to JSON; the order of keys is kept.
+
+    Raises:
+      UserError: JSON cannot hold it; the message has the key below `path`.
+    """
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{path}: {key!r} cannot be a key; keys are text.")
+        return {key: to_plain(v, f"{path}.{key}") for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(v) for v in value]
+        return [to_plain(v, f"{path}.{i}") for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}: {value} cannot be written to config.json; give a finite number.")
+    if not isinstance(value, (bool, int, float, str, types.NoneType)):
+        raise UserError(
+            f"{path}: a value of type {type(value).__name__} cannot be written to config.json; a config holds"
+            " numbers, text, None, lists and mappings (a function by its name)."
+        )
     return value
 
 
@@ -196,41 +216,70 @@ def _import_file(path: str) -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; a config file ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _naming_line(path):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"{path}: cannot be imported: {error}.") from error
     return module
+
+
+@contextlib.contextmanager
+def _naming_line(path: str) -> Iterator[None]:
+    """Whatever a config file raises, in one line that begins with the file and the line in it."""
+    try:
+        yield
+    except Exception as error:
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            frames.append((error.filename, error.lineno))
+        lines = [line for file, line in frames if file and Path(file).resolve() == Path(path).resolve()]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{place}: {describe(error)}.") from error
 
 
 def _override(config: dict[str, Any], key: str, text: str) -> None:
     """Sets one dotted key. In a named section any key may be set: its function judges it later."""
-    *parents, last = key.split(".")
-    stages = config.get("stages") or {}
-    if stages and all(key.split(".")[0] in stage for stage in stages.values()):
-        places = ", ".join(f"config.stages.{name}.{key}" for name in stages)
+    *parents, last = parts = key.split(".")
+    stages = _stages(config)
+    own = [name for name, stage in stages.items() if parts[0] in stage]
+    places = ", ".join(f"config.stages.{name}.{key}" for name in own)
+    if own and len(own) == len(stages):
         raise UserError(f"config.{key}: every stage sets its own; set {places}.")
+    if own:
+        logger.warning("config.%s: stages %s keep their own; set %s for them.", key, ", ".join(own), places)
     section, path = config, "config"
     for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            raise UserError(f"{path}.{parent}: no such section.{nearest(parent, section)}")
-        section, path = section[parent], f"{path}.{parent}"
-    is_config = section is config or (path.startswith("config.stages.") and path.count(".") == 2)
+        section, path = section[_entry(section, parent, path)], f"{path}.{parent}"
+        if not isinstance(section, (dict, list)):
+            raise UserError(f"{path}: {section!r} is no section; set {path} itself.")
+    is_config = section is config or (len(parents) == 2 and parents[0] == "stages")
     fields = [field.name for field in dataclasses.fields(Settings)] if is_config else []
-    if last not in section and last not in fields and "name" not in section:
+    if isinstance(section, list):
+        last = _entry(section, last, path)
+    elif last not in section and last not in fields and "name" not in section:
         known = sorted({*section, *fields})
         raise UserError(f"{path}.{last}: no such key.{nearest(last, known)} There are: {', '.join(known)}.")
-    section[last] = _parse(text)
+    section[last] = _parse(text, f"{path}.{last}")
 
 
-def _parse(text: str) -> Any:
+def _entry(section: dict[str, Any] | list[Any], part: str, path: str) -> str | int:
+    """The key or the index that a part of a dotted key means; it must be there."""
+    if isinstance(section, list):
+        if part.isdecimal() and int(part) < len(section):
+            return int(part)
+        raise UserError(f"{path}.{part}: no such entry; {path} has {len(section)}, counted from 0.")
+    if part not in section:
+        raise UserError(f"{path}.{part}: no such section.{nearest(part, section)}")
+    return part
+
+
+def _parse(text: str, path: str) -> Any:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return to_plain(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
         return text
+    return to_plain(value, path)
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -242,12 +291,30 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **config}
 
 
+def _stages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a config that may be wrong in all else; {} where there are none."""
+    stages = config.get("stages")
+    if stages is None:
+        return {}
+    if not isinstance(stages, dict) or not stages or not all(isinstance(s, dict) for s in stages.values()):
+        raise UserError(f"config.stages: expected a section for each stage, got {stages!r}.")
+    for name in stages:
+        if not re.fullmatch(r"\w[\w-]*", name) or name in _FOLDERS:
+            raise UserError(
+                f"config.stages: '{name}' cannot be a folder of the run; name a stage with letters, digits, _"
+                f" and -, and not {', '.join(_FOLDERS)}."
+            )
+    return stages
+
+
 def _stage_order(stages: Mapping[str, Any]) -> list[str]:
     """Each stage behind the one it starts from, else in the order written."""
     order: list[str] = []
 
     def add(name: str, below: tuple[str, ...]) -> None:
         source = stages[name].get("init_from", "")
+        if not isinstance(source, str):
+            raise UserError(f"config.stages.{name}.init_from: expected the name of a stage, got {source!r}.")
         if source and source not in stages:
             raise UserError(
                 f"config.stages.{name}.init_from: no stage '{source}'.{nearest(source, stages)}"

@@ -4,7 +4,9 @@ Everything a config can get wrong is raised here as a `UserError`, before data a
 compiled.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +21,7 @@ from jaxlab.core import Batch, Evaluator, Method, Network, Outputs, State, Strea
 from jaxlab.core.resolve import Plan, execute, plan
 from jaxlab.train import devices
 from jaxlab.train.checkpoints import Checkpoints
-from jaxlab.train.program import MakeMethod, Program, make_program
+from jaxlab.train.program import MakeMethod, Program, check_fit, make_program
 
 
 class Parts(NamedTuple):
@@ -78,12 +80,15 @@ def build_parts(config: Mapping[str, Any], stage: str = "") -> Parts:
     settings = configs.settings_of(config, stage)
     plans = _plans(settings, path)
     fixed = {key: execute(value) for key, value in plans["method"].arguments.items()}
+    method = execute(plans["method"]._replace(arguments=fixed))
 
     def make_method(handed_over: Any) -> Method:
-        arguments = dict(fixed)
-        if handed_over is not None:
-            arguments["network"] = _start_from(fixed["network"], handed_over, f"{path}.init_from")
-        return plans["method"].function(**arguments)
+        if handed_over is None:
+            return method
+        network = _start_from(fixed["network"], handed_over)
+        # A builder may compute: it is called under tracing here, but not traced.
+        with jax.ensure_compile_time_eval():
+            return execute(plans["method"]._replace(arguments={**fixed, "network": network}))
 
     return Parts(
         settings,
@@ -93,28 +98,52 @@ def build_parts(config: Mapping[str, Any], stage: str = "") -> Parts:
     )
 
 
-def build_program(parts: Parts, mesh: Mesh, handed_over: chex.ArrayTree = None) -> Program:
+def check_stages(config: Mapping[str, Any]) -> None:
+    """Builds every stage of a config and fits their shapes together, so that none fails behind the others.
+
+    Raises:
+      UserError: a stage cannot be built on these devices, or not from what it starts from.
+    """
+    variables: dict[str, Any] = {}
+    for stage, stage_config in configs.stage_configs(config).items():
+        parts = build_parts(stage_config, stage)
+        build_mesh(parts.settings, stage)
+        source = parts.settings.init_from
+        if source:
+            _check_seeds(config["stages"][source].get("seeds", config["seeds"]), parts.settings, stage)
+        with _place_in_errors(stage):
+            state, _ = check_fit(parts.make_method, parts.stream, variables.get(source))
+        variables[stage] = state.variables
+
+
+def build_program(
+    parts: Parts, mesh: Mesh, *, stage: str = "", handed_over: chex.ArrayTree = None
+) -> Program:
     """The compiled program of a run's parts."""
     settings = parts.settings
-    return make_program(
-        parts.make_method,
-        parts.stream,
-        mesh=mesh,
-        seed=settings.seed,
-        seeds=settings.seeds,
-        log_every=settings.log_every,
-        steps_per_call=settings.steps_per_call,
-        backend=settings.backend,
-        handed_over=handed_over,
-    )
+    with _place_in_errors(stage):
+        return make_program(
+            parts.make_method,
+            parts.stream,
+            mesh=mesh,
+            seed=settings.seed,
+            seeds=settings.seeds,
+            log_every=settings.log_every,
+            steps_per_call=settings.steps_per_call,
+            backend=settings.backend,
+            stage=stage,
+            handed_over=handed_over,
+        )
 
 
-def build_mesh(settings: Settings) -> Mesh:
+def build_mesh(settings: Settings, stage: str = "") -> Mesh:
     """The devices of a run."""
     axes = dict(settings.devices)
     if settings.backend == "pmap" and axes.get("data") == -1:
         axes["data"] = 1
-    return devices.make_mesh(**axes, seeds=settings.seeds, batch_size=settings.batch_size)
+    return devices.make_mesh(
+        **axes, seeds=settings.seeds, batch_size=settings.batch_size, place=configs.place(stage)
+    )
 
 
 def open_checkpoints(workdir: Path, config: Mapping[str, Any], *, read_only: bool = False) -> Checkpoints:
@@ -128,6 +157,28 @@ def open_checkpoints(workdir: Path, config: Mapping[str, Any], *, read_only: boo
         best_mode=settings.best_mode,
         read_only=read_only,
     )
+
+
+def read_result(workdir: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None for any other."""
+    try:
+        result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if result.get("status") == "complete" else None
+
+
+def final_variables(workdir: Path, mesh: Mesh, settings: Settings, stage: str = "") -> chex.ArrayTree:
+    """What a finished run hands over to the one with `settings`: its variables, leading axis [seeds].
+
+    Raises:
+      UserError: the run is not finished, its last checkpoint cannot be read, or it has other seeds.
+    """
+    source = configs.read_config(workdir)
+    if read_result(workdir) is None:
+        raise UserError(f"{workdir}: this run is not finished; finish it first.")
+    _check_seeds(source["seeds"], settings, stage)
+    return load(workdir, source["steps"], mesh=mesh).state.variables
 
 
 def load(workdir: str | Path, step: int | Literal["best"] | None = None, *, mesh: Mesh | None = None) -> Run:
@@ -166,8 +217,12 @@ def load(workdir: str | Path, step: int | Literal["best"] | None = None, *, mesh
 
 
 def _plans(settings: Settings, path: str) -> dict[str, Any]:
-    """Checked plans of all sections. What sections share is injected: a function that has a parameter
-    `batch_size`, `data_dir`, `num_classes`, `steps`, `network` or `optimizer` gets it from the config."""
+    """Checked plans of all sections.
+
+    What they share is injected where a function has a parameter of that name and the section leaves it
+    out: `data_dir` everywhere, `batch_size` in data, and `network`, `optimizer`, `steps` and `num_classes`
+    in methods.
+    """
     data_dir = {"data_dir": settings.data_dir or None}
     context: dict[str, Any] = {"steps": settings.steps}
     if settings.network is not None:
@@ -178,6 +233,18 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
         optimizer = plan("optimizer", settings.optimizer, f"{path}.optimizer")
         context["optimizer"] = Plan(_wrap_optimizer, {"optimizer": optimizer, "settings": settings})
     method = plan("method", settings.method, f"{path}.method", **context, **data_dir)
+    if (settings.clip_norm or settings.accumulate_steps > 1) and "optimizer" not in method.arguments:
+        raise UserError(
+            f"{path}: clip_norm and accumulate_steps go with config.optimizer, which method"
+            f" '{settings.method['name']}' does not take; put them into its own optimizers."
+        )
+    evaluator = settings.best_metric.split("/")[0]
+    if evaluator and evaluator not in settings.evaluators:
+        known = ", ".join(settings.evaluators) or "none"
+        raise UserError(
+            f"{path}.best_metric: no evaluator '{evaluator}'; expected <evaluator>/<metric>,"
+            f" evaluators: {known}."
+        )
     if settings.init_from and "network" not in method.arguments:
         raise UserError(
             f"{path}.init_from: method '{settings.method['name']}' takes no network to start from."
@@ -202,7 +269,23 @@ def _wrap_optimizer(
     return optimizer
 
 
-def _start_from(network: Network, variables: chex.ArrayTree, path: str) -> Network:
+def _check_seeds(source_seeds: int, settings: Settings, stage: str) -> None:
+    if source_seeds != settings.seeds:
+        raise UserError(
+            f"{configs.place(stage)}.init_from: '{settings.init_from}' has {source_seeds} seeds"
+            f" and this run {settings.seeds}; give both the same."
+        )
+
+
+@contextlib.contextmanager
+def _place_in_errors(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{configs.place(stage)}: {error}") from error
+
+
+def _start_from(network: Network, variables: chex.ArrayTree) -> Network:
     """The network with `variables` in place of fresh ones."""
 
     def init(key: chex.PRNGKey, inputs: jax.Array) -> chex.ArrayTree:
@@ -211,7 +294,7 @@ def _start_from(network: Network, variables: chex.ArrayTree, path: str) -> Netwo
         for name in sorted({*fresh, *given}):
             if fresh.get(name) != given.get(name):
                 raise UserError(
-                    f"{path}: what is handed over does not fit config.network: {name} is"
+                    f"init_from: what is handed over does not fit the network: {name} is"
                     f" {given.get(name, 'absent')}, in the network {fresh.get(name, 'absent')}."
                 )
         return variables

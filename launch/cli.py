@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +24,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = _fail(str(error), error.status)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to read an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 128 + signal.SIGPIPE
     except OSError as error:
         if error.strerror is None:
             raise
         status = _fail(f"{error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + signal.SIGINT
+    if status and jax.distributed.is_initialized():
+        # An orderly exit would wait for the other hosts, which may be waiting for this one.
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 

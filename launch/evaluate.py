@@ -89,7 +89,7 @@ def evaluate(workdir: Path, step: Step = None) -> dict[str, Any]:
             for name, evaluator in run.evaluators.items()
         }
         states = devices.put(run.state, devices.over_seeds(mesh))
-        evals = make_evaluate(lambda handed_over: run.method, evaluators, mesh)(states, None)
+        evals = make_evaluate(run.method.predict, evaluators, mesh)(states)
     return {
         "step": run.step,
         "seeds": list(range(settings.seed, settings.seed + settings.seeds)),

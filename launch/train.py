@@ -11,15 +11,13 @@ result. On a finished run it prints the result. Several hosts: the same command 
 import argparse
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from jaxlab import config as configs
@@ -27,9 +25,10 @@ from jaxlab import experiment
 from jaxlab.core import UserError
 from jaxlab.report.page import write_report
 from jaxlab.report.tables import print_table
+from jaxlab.train import devices
 from jaxlab.train.checkpoints import differences
 from jaxlab.train.evaluation import Summary, environment, make_evaluate, to_json
-from jaxlab.train.loop import DivergenceError, Interrupted, train
+from jaxlab.train.loop import DivergenceError, Interrupted, noting_signals, train
 from launch import cli
 
 logger = logging.getLogger(__name__)
@@ -65,82 +64,97 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       UserError: the folder holds another config's run, is in use, or cannot be written.
       Interrupted: a signal came; checkpoints are written.
     """
-    primary = jax.process_index() == 0
-    with _claim(workdir) if primary else contextlib.nullcontext():
-        if "stages" in config:
-            _start(config, workdir, primary)
+    stages = configs.stage_configs(config)
+    with contextlib.ExitStack() as stack:
+        devices.on_primary(lambda: stack.enter_context(_claim(workdir)))
+        stop_signal = stack.enter_context(noting_signals())
+        devices.on_primary(
+            lambda: _begin({workdir: config} | {workdir / name: stage for name, stage in stages.items()})
+        )
+        if not stages:
+            result = _run_stage(config, workdir, stop_signal)
+        else:
+            if not all(experiment.read_result(workdir / name) for name in stages):
+                experiment.check_stages(config)
             results = {}
-            for name, stage in configs.stage_configs(config).items():
-                results[name] = _run_stage(stage, workdir / name, primary, stage=name)
+            for name in stages:
+                results[name] = _run_stage(config, workdir, stop_signal, name)
+                if stop_signal() and name != list(stages)[-1]:
+                    raise Interrupted(stop_signal(), results[name]["step"])
             result = {
                 **results[name],
                 "step": sum(result["step"] for result in results.values()),
                 "config": dict(config),
                 "evals": {f"{s}/{k}": v for s, result in results.items() for k, v in result["evals"].items()},
             }
-            if primary:
-                cli.write_json(workdir / "result.json", result)
-        else:
-            result = _run_stage(config, workdir, primary)
-        if primary:
-            print_table(result, title=str(workdir))
-            page = write_report([workdir], workdir / "report")
-            Console(soft_wrap=True).print(f"report: {page}", highlight=False)
+            devices.on_primary(lambda: cli.write_json(workdir / "result.json", result))
+        devices.on_primary(lambda: _show(result, workdir))
     return result
 
 
-def _run_stage(config: Mapping[str, Any], workdir: Path, primary: bool, stage: str = "") -> dict[str, Any]:
-    """Runs one experiment without stages, or returns the result it has."""
-    _start(config, workdir, primary)
-    finished = _read_result(workdir)
+def _run_stage(
+    config: Mapping[str, Any], workdir: Path, stop_signal: Callable[[], int], stage: str = ""
+) -> dict[str, Any]:
+    """Runs one stage, or a config without stages, or returns the result it has."""
+    folder = workdir / stage
+    finished = experiment.read_result(folder)
     if finished is not None:
         return finished
-    parts = experiment.build_parts(config, stage)
+    stage_config = configs.stage_configs(config)[stage] if stage else config
+    parts = experiment.build_parts(stage_config, stage)
     settings = parts.settings
-    mesh = experiment.build_mesh(settings)
+    mesh = experiment.build_mesh(settings, stage)
     handed_over = None
     if settings.init_from:
+        source = folder.parent / settings.init_from
         try:
-            source = experiment.load(workdir.parent / settings.init_from, mesh=mesh)
+            handed_over = experiment.final_variables(source, mesh, settings, stage)
         except UserError as error:
-            raise UserError(f"{configs.place(stage)}.init_from: {error}") from error
-        if source.config["seeds"] != settings.seeds:
-            raise UserError(
-                f"{configs.place(stage)}.init_from: '{settings.init_from}' has {source.config['seeds']} seeds"
-                f" and this run {settings.seeds}; give both the same."
-            )
-        handed_over = source.state.variables
-    program = experiment.build_program(parts, mesh, handed_over)
-    evaluate = make_evaluate(parts.make_method, parts.evaluators, mesh)
+            if not stage:
+                raise UserError(f"config.init_from: {error}") from error
+            logger.warning("%s Stage %s is taken up again before it.", error, settings.init_from)
+            devices.on_primary(lambda: (source / "result.json").unlink(missing_ok=True))
+            _run_stage(config, workdir, stop_signal, settings.init_from)
+            handed_over = experiment.final_variables(source, mesh, settings, stage)
+    program = experiment.build_program(parts, mesh, stage=stage, handed_over=handed_over)
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
-    result = {"status": "running", "step": 0, "seeds": seeds, "config": dict(config)}
+    result = {"status": "running", "step": 0, "seeds": seeds, "config": dict(stage_config)}
     result |= {"environment": environment(), "evals": {}}
-    if primary:
-        cli.write_json(workdir / "result.json", result)
-    with contextlib.closing(experiment.open_checkpoints(workdir, config)) as checkpoints:
+
+    def write_result(**changes: Any) -> None:
+        result.update(changes)
+        devices.on_primary(lambda: cli.write_json(folder / "result.json", result))
+
+    write_result()
+    with contextlib.closing(experiment.open_checkpoints(folder, stage_config)) as checkpoints:
         try:
             _, evals = train(
                 program,
                 checkpoints,
-                lambda states: evaluate(states, handed_over),
-                workdir=workdir,
+                make_evaluate(parts.make_method(None).predict, parts.evaluators, mesh),
+                workdir=folder,
                 title=stage or workdir.name,
                 first_seed=settings.seed,
                 steps=settings.steps,
                 log_every=settings.log_every,
                 eval_every=settings.eval_every,
                 checkpoint_every=settings.checkpoint_every,
+                save_evaluated=bool(settings.best_metric),
+                stop_signal=stop_signal,
             )
         except (DivergenceError, Interrupted) as error:
-            if primary:
-                status = "diverged" if isinstance(error, DivergenceError) else "interrupted"
-                cli.write_json(workdir / "result.json", {**result, "status": status})
+            status = "diverged" if isinstance(error, DivergenceError) else "interrupted"
+            write_result(status=status, step=error.step)
             raise
-    result |= {"status": "complete", "step": settings.steps, "evals": to_json(evals)}
-    if primary:
-        _draw(parts.evaluators, evals, workdir / "plots")
-        cli.write_json(workdir / "result.json", result)
+    devices.on_primary(lambda: _draw(parts.evaluators, evals, folder / "plots"))
+    write_result(status="complete", step=settings.steps, evals=to_json(evals))
     return result
+
+
+def _show(result: Mapping[str, Any], workdir: Path) -> None:
+    print_table(result, title=str(workdir))
+    page = write_report([workdir], workdir / "report")
+    Console(soft_wrap=True).print(f"report: {page}", highlight=False, markup=False)
 
 
 def _draw(evaluators: Mapping[str, Any], evals: Mapping[str, Summary], folder: Path) -> None:
@@ -175,32 +189,24 @@ def _claim(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _start(config: Mapping[str, Any], workdir: Path, primary: bool) -> None:
-    """Writes config.json, or checks that the run that has begun there has the same config."""
-    if not primary:
-        return
-    if any(workdir.rglob("metrics.jsonl")):
+def _begin(folders: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Writes each folder's config.json, unless a run of another config has begun in one of them."""
+    for folder, config in folders.items():
+        if not (folder / "metrics.jsonl").exists():
+            continue
         try:
-            differing = differences(configs.read_config(workdir), config)
+            differing = differences(configs.read_config(folder), config)
         except UserError as error:  # the checkpoints hold the config too
             logger.warning("%s It is written anew.", error)
-            differing = []
+            continue
         if differing:
             raise UserError(
-                f"--workdir {workdir}: holds a run of another config: {'; '.join(differing)}."
+                f"--workdir {folder}: holds a run of another config: {'; '.join(differing)}."
                 " Use another workdir, or the config it was started with."
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    cli.write_json(workdir / "config.json", config)
-
-
-def _read_result(workdir: Path) -> dict[str, Any] | None:
-    """The result of a finished run, None for any other."""
-    try:
-        result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return result if result.get("status") == "complete" else None
+    for folder, config in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        cli.write_json(folder / "config.json", config)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import chex
 import jax
 
 Batch = Mapping[str, Any]  # arrays (or mappings of arrays) with the batch axis first
-Outputs = Mapping[str, jax.Array]
+Outputs = Mapping[str, chex.ArrayTree]
 Variables = Mapping[str, chex.ArrayTree]  # {"params": ..., "batch_stats": ...}
 
 
@@ -25,13 +25,14 @@ class Network(NamedTuple):
     """A neural network, whatever library it was written in.
 
     Attributes:
-      init: `init(key, inputs) -> variables`.
-      apply: `apply(variables, inputs, *, train, key=None) -> (outputs, variables)`. `outputs` always
-        holds `"logits"` [B, K] and `"features"` [B, F]. The returned variables carry updated batch
-        statistics and are the same object where there are none to update. `key` drives dropout.
+      init: `init(key, inputs) -> variables`; inputs are an array, or a tree of them.
+      apply: `apply(variables, inputs, *, train, key=None) -> (outputs, variables)`. `outputs` of a
+        classifier always hold `"logits"` [B, K] and `"features"` [B, F]. The returned variables carry
+        updated batch statistics and are the same object where there are none to update. `key` drives
+        dropout.
     """
 
-    init: Callable[[chex.PRNGKey, jax.Array], Variables]
+    init: Callable[[chex.PRNGKey, chex.ArrayTree], Variables]
     apply: Callable[..., tuple[Outputs, Variables]]
 
 

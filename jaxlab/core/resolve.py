@@ -15,7 +15,9 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxlab.core.contracts import Evaluator, Method, Network
+import optax
+
+from jaxlab.core.contracts import Evaluator, Method, Network, Stream
 from jaxlab.core.errors import UserError, nearest
 
 # Where the names of each kind begin; the first package that has the name wins.
@@ -28,6 +30,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 _CONTRACTS = {"network": Network, "method": Method, "evaluator": Evaluator}
+# What a section of each kind must build. Data are a stream in the end, many other things on the way there.
+_BUILT = {**_CONTRACTS, "optimizer": optax.GradientTransformation, "data": Stream}
 
 
 def resolve(kind: str, name: str, path: str | None = None) -> Callable[..., Any]:
@@ -62,12 +66,12 @@ def resolve(kind: str, name: str, path: str | None = None) -> Callable[..., Any]
 
 def _resolve_anywhere(name: str, path: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
-    if not module_name or importlib.util.find_spec(module_name.split(".")[0]) is None:
-        raise UserError(f"{path}.name: cannot import '{module_name}' of '{name}'; is it on PYTHONPATH?")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}.name: importing '{module_name}' failed: {error}.") from error
+    except Exception as error:  # it may be anyone's code
+        raise UserError(
+            f"{path}.name: cannot import '{module_name}' ({describe(error)}); is it on PYTHONPATH?"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         suggestion = nearest(attribute, _public_functions(module))
@@ -121,10 +125,19 @@ def _public_functions(module: types.ModuleType) -> list[str]:
 
 
 class Plan(NamedTuple):
-    """A checked call that has not been made: a function and its keyword arguments, which may be plans too."""
+    """A checked call that has not been made.
+
+    Attributes:
+      function: what to call.
+      arguments: its keyword arguments, which may be plans too.
+      path: the place of the section in the config, for messages.
+      kind: what the call must build, a key of `PACKAGES`; None: anything.
+    """
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
+    path: str = "config"
+    kind: str | None = None
 
 
 def build(kind: str, section: Mapping[str, Any], path: str | None = None, **context: Any) -> Any:
@@ -138,11 +151,12 @@ def build(kind: str, section: Mapping[str, Any], path: str | None = None, **cont
       kind: as for `resolve`.
       section: a mapping with `name` and keyword arguments.
       path: the place of the section in the config, for messages; `config.<kind>` if not given.
-      **context: values for parameters of the function (and of nested ones) that the section leaves out;
-        those a function does not take are passed over.
+      **context: values for parameters that the section leaves out, of the function and of nested ones,
+        where the parameter has no default or the default None: another default is the function's choice.
 
     Raises:
-      UserError: unknown name or key, missing key, or a value of the wrong type.
+      UserError: unknown name or key, missing key, a value of the wrong type or that the function fails on,
+        or a function that builds something else (at the top, the kind "data" means a stream).
     """
     return execute(plan(kind, section, path, **context))
 
@@ -152,7 +166,7 @@ def plan(kind: str, section: Mapping[str, Any], path: str | None = None, **conte
     path = path or f"config.{kind}"
     if not isinstance(section, Mapping) or "name" not in section:
         raise UserError(f"{path}: expected a section with a 'name', got {section!r}.")
-    return _plan_section(resolve(kind, section["name"], path), section, path, context)
+    return _plan_section(resolve(kind, section["name"], path), section, path, context, kind)
 
 
 def check_arguments(
@@ -165,7 +179,7 @@ def check_arguments(
       arguments: by name; plans stand for what they will build.
       path: where they stand in the config, for messages.
       called: what takes them, for messages.
-      **context: values for parameters that are not among the arguments.
+      **context: values for parameters that are not among the arguments and have no default but None.
 
     Returns:
       The arguments, with those of the context that the function takes.
@@ -176,7 +190,10 @@ def check_arguments(
     parameters = inspect.signature(function).parameters
     hints = _type_hints(function)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    takes = [name for name, p in parameters.items() if name not in context and p.kind is not p.VAR_KEYWORD]
+    filled = {
+        key for key, p in parameters.items() if key in context and (p.default is p.empty or p.default is None)
+    }
+    takes = [name for name, p in parameters.items() if name not in filled and p.kind is not p.VAR_KEYWORD]
     signature = f"It takes: {', '.join(takes)}." if takes else "It takes no keys."
     for key, value in arguments.items():
         if key not in parameters and not open_ended:
@@ -190,37 +207,40 @@ def check_arguments(
     for key, parameter in parameters.items():
         if key in complete or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if key in context:
+        if key in filled:
             complete[key] = context[key]
         elif parameter.default is parameter.empty:
             raise UserError(f"{path}: {called} misses '{key}'. {signature}")
     return complete
 
 
-def _plan_section(function: Callable[..., Any], section: Mapping[str, Any], path: str, context: dict) -> Plan:
-    called = f"{section['name'].replace(':', '.').split('.')[-1]}()"
+def _plan_section(
+    function: Callable[..., Any], section: Mapping[str, Any], path: str, context: dict, kind: str | None
+) -> Plan:
+    _check_built(function, kind, path, _type_hints(function).get("return", Any))
     arguments = {
         key: _plan_nested(section[key], key, function, f"{path}.{key}", context)
         for key in section
         if key != "name"
     }
-    return Plan(function, check_arguments(function, arguments, path, called, **context))
+    arguments = check_arguments(function, arguments, path, _called(function), **context)
+    return Plan(function, arguments, path, kind)
 
 
 def _plan_nested(value: Any, key: str, parent: Callable[..., Any], path: str, context: dict) -> Any:
     if isinstance(value, Mapping):
         if "name" in value:
-            return _plan_section(_resolve_nested(value["name"], key, parent, path), value, path, context)
+            kind = next((kind for kind in PACKAGES if key == kind or key.endswith("_" + kind)), None)
+            name = value["name"]
+            function = resolve(kind, name, path) if kind else _resolve_nested(name, key, parent, path)
+            return _plan_section(function, value, path, context, None if kind == "data" else kind)
         return {k: _plan_nested(value[k], k, parent, f"{path}.{k}", context) for k in value}
     if isinstance(value, (list, tuple)):
-        return tuple(_plan_nested(v, key, parent, f"{path}[{i}]", context) for i, v in enumerate(value))
+        return tuple(_plan_nested(v, key, parent, f"{path}.{i}", context) for i, v in enumerate(value))
     return value
 
 
 def _resolve_nested(name: Any, key: str, parent: Callable[..., Any], path: str) -> Callable[..., Any]:
-    for kind in PACKAGES:
-        if key == kind or key.endswith("_" + kind):
-            return resolve(kind, name, path)
     if isinstance(name, str) and ":" not in name and not parent.__module__.startswith("optax"):
         beside = parent.__module__.rpartition(".")[0]
         for module_name in (parent.__module__, f"{beside}.{key}", f"{beside}.{key}s"):
@@ -238,20 +258,52 @@ def _resolve_nested(name: Any, key: str, parent: Callable[..., Any], path: str) 
 
 
 def execute(value: Any) -> Any:
-    """Makes the calls of a plan, innermost first; a value that is no plan is returned as it is."""
+    """Makes the calls of a plan, innermost first; a value that is no plan is returned as it is.
+
+    Raises:
+      UserError: a call failed, or did not build what its kind needs; the message begins with its place.
+    """
     if isinstance(value, Plan):
-        positional = [
-            name
-            for name, p in inspect.signature(value.function).parameters.items()
-            if p.kind is p.VAR_POSITIONAL
-        ]
+        function = value.function
+        parameters = inspect.signature(function).parameters
+        positional = [name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
         arguments = {key: execute(argument) for key, argument in value.arguments.items()}
-        return value.function(*[v for key in positional for v in arguments.pop(key, ())], **arguments)
+        try:
+            built = function(*[v for key in positional for v in arguments.pop(key, ())], **arguments)
+        except UserError as error:
+            raise UserError(f"{value.path}: {error}") from error
+        except Exception as error:
+            raise UserError(f"{value.path}: {_called(function)} failed: {describe(error)}.") from error
+        _check_built(function, value.kind, value.path, type(built))
+        return built
     if type(value) is dict:
         return {key: execute(v) for key, v in value.items()}
     if type(value) is tuple:
         return tuple(execute(v) for v in value)
     return value
+
+
+def describe(error: Exception) -> str:
+    """An error in one line: its type and its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(" :.")
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__name__', type(function).__name__)}()"
+
+
+def _check_built(function: Callable[..., Any], kind: str | None, path: str, built: Any) -> None:
+    """Refuses what does not fit the kind; `built` is a type, or a return annotation that may say little."""
+    origin = typing.get_origin(built) or built
+    unclear = not inspect.isclass(origin) or origin in (Any, typing.Union, types.UnionType)
+    if kind is None or unclear or issubclass(origin, _BUILT[kind]):
+        return
+    needed = "stream" if kind == "data" else kind
+    raise UserError(f"{path}: {_called(function)} builds {_a(_spell(built))}, {_a(needed)} is needed.")
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -300,6 +352,7 @@ def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is Callable:
         return "function"
     if inspect.isclass(hint) and not typing.get_origin(hint):
-        numeric = hint.__module__.startswith(("numpy", "jax")) or hint in (complex, numbers.Number)
+        library = hint.__module__.split(".")[0]
+        numeric = library in ("numpy", "jax", "jaxlib") or hint in (complex, numbers.Number)
         return "array" if numeric else {"NoneType": "None"}.get(hint.__name__, hint.__name__)
     return str(hint)

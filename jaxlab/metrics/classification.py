@@ -102,7 +102,7 @@ def summarize_groups(accuracy: jax.Array) -> dict[str, jax.Array]:
 def classification(
     dataset: Dataset,
     *,
-    batch_size: int = 500,
+    batch_size: int = 512,
     transforms: tuple[Transform, ...] = (),
     num_bins: int = 15,
 ) -> Evaluator:

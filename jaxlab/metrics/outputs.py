@@ -20,7 +20,7 @@ def collect_outputs(
     state: State,
     dataset: Dataset,
     *,
-    batch_size: int = 500,
+    batch_size: int = 512,
     transforms: tuple[Transform, ...] = (),
     keys: tuple[str, ...] = ("logits",),
 ) -> dict[str, np.ndarray]:

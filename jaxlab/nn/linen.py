@@ -11,9 +11,9 @@ def from_linen(module: nn.Module) -> Network:
     """Wraps a Linen module as a `Network`.
 
     Args:
-      module: its `__call__(inputs, *, train: bool)` returns a dict with at least `"logits"` [B, K] and
-        `"features"` [B, F]. It keeps running statistics in the collection `batch_stats` (which only
-        training updates) and draws dropout from the stream `dropout`.
+      module: its `__call__(inputs, *, train: bool)` returns a dict, a classifier's with at least
+        `"logits"` [B, K] and `"features"` [B, F]. It keeps running statistics in the collection
+        `batch_stats` (which only training updates) and draws dropout from the stream `dropout`.
 
     Returns:
       A `Network`. Its variables are plain dicts; its logits are float32, whatever the module computes in.
@@ -33,7 +33,8 @@ def from_linen(module: nn.Module) -> Network:
                 raise
             name = type(module).__name__
             raise ValueError(f"{name} draws random numbers (dropout): apply needs `key`.") from error
-        outputs = {**outputs, "logits": jnp.asarray(outputs["logits"], jnp.float32)}
+        if "logits" in outputs:
+            outputs = {**outputs, "logits": jnp.asarray(outputs["logits"], jnp.float32)}
         return outputs, {**variables, **updates} if updates else variables
 
     return Network(init, apply)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxlab.core import UserError
 from jaxlab.core.errors import nearest
+from jaxlab.train import devices
 
 logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: it changes where and how fast, not what.
-NOT_COMPARED = ("backend", "data_dir", "devices", "max_to_keep", "steps_per_call")
+_NOT_COMPARED = re.compile(r"(stages\.[^.]+\.)?(backend|data_dir|devices|max_to_keep|steps_per_call)(\.|$)")
 
 
 class Checkpoints:
@@ -59,6 +61,7 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
                 create=not read_only,
+                cleanup_tmp_directories=not read_only,
                 # Without it Orbax would not write the metric to the disk, where a resumed run finds it.
                 best_fn=self._rank if best_metric else None,
             ),
@@ -132,18 +135,22 @@ class Checkpoints:
             raise UserError(f"{self._directory}: no checkpoint of step {step}; there are: {have}.")
         candidates = [step] if step is not None else self.steps()[::-1]
         for candidate in candidates:
+            restored, reason = None, ""
             try:
-                return candidate, self._read(candidate, abstract)
+                restored = self._read(candidate, abstract)
             except UserError:
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON make of a damaged file
                 reason = _first_line(error)
-                if step is not None:
-                    raise UserError(f"{self._directory}/{step}: cannot be read ({reason}).") from error
-                if self._read_only:
-                    logger.warning("checkpoint of step %d cannot be read (%s)", candidate, reason)
-                else:
-                    self._move_aside(candidate, reason)
+            if devices.all_hosts(restored is not None):
+                return candidate, restored
+            reason = reason or "another host cannot read it"
+            if step is not None:
+                raise UserError(f"{self._directory}/{step}: cannot be read ({reason}).")
+            if self._read_only:
+                logger.warning("checkpoint of step %d cannot be read (%s)", candidate, reason)
+            else:
+                self._move_aside(candidate, reason)
         if self._read_only:
             self._manager.reload()
             if self.steps()[::-1] != candidates:  # the run has replaced them in the meantime
@@ -172,16 +179,19 @@ class Checkpoints:
 
     def _move_aside(self, step: int, reason: str) -> None:
         aside = self._directory.parent / "checkpoints.unreadable"
-        if jax.process_index() == 0:
+
+        def move() -> None:
             aside.mkdir(exist_ok=True)
             number = sum(1 for _ in aside.glob(f"{step}-*"))
             (self._directory / str(step)).rename(aside / f"{step}-{number}")
-        logger.warning(
-            "checkpoint of step %d cannot be read (%s): moved to %s, using the one before",
-            step,
-            reason,
-            aside,
-        )
+            logger.warning(
+                "checkpoint of step %d cannot be read (%s): moved to %s, using the one before",
+                step,
+                reason,
+                aside,
+            )
+
+        devices.on_primary(move)
         self._manager.reload()
 
     def _guarded(self, write: Any) -> None:
@@ -213,18 +223,28 @@ def checksum(tree: chex.ArrayTree) -> jax.Array:
             leaf = jax.random.key_data(leaf)
         if leaf.dtype == jnp.bool_:
             leaf = leaf.astype(jnp.uint8)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            leaf = jnp.stack([leaf.real, leaf.imag])
         words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(leaf.dtype.itemsize, 4) * 8}"))
         words = words.reshape(-1).astype(jnp.uint32)
-        # Odd weights that differ by position: a changed or misplaced word changes the sum.
-        weights = (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1) * jnp.uint32(2654435761)
-        total = total * jnp.uint32(31) + jnp.sum(words * weights, dtype=jnp.uint32) + jnp.uint32(number)
+        # Each word is scrambled with its place before the sum, so that changes do not cancel in it.
+        scrambled = _scramble(_scramble(jnp.arange(words.size, dtype=jnp.uint32)) ^ words)
+        total = _scramble(total ^ jnp.uint32(number)) + jnp.sum(scrambled, dtype=jnp.uint32)
     return total
+
+
+def _scramble(words: jax.Array) -> jax.Array:
+    """A bijection of uint32 that spreads every bit (the finalizer of MurmurHash3)."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two configs, as "key: old → new", leaving out what does not change a result."""
     old, new = (
-        dict(_flatten({k: v for k, v in config.items() if k not in NOT_COMPARED})) for config in (old, new)
+        {key: value for key, value in _flatten(config) if not _NOT_COMPARED.match(key)}
+        for config in (old, new)
     )
     return [
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlab.core import UserError
 
 SEED, DATA = "seed", "data"
+T = TypeVar("T")
 
 
 def initialize_hosts() -> None:
@@ -36,8 +37,10 @@ def initialize_hosts() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int) -> Mesh:
+def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int, place: str = "config") -> Mesh:
     """Lays the devices out as `seed` × `data`; -1 for one of them means all that are left.
+
+    `place` is where in the config the settings stand, for messages.
 
     Raises:
       UserError: too few devices, or `seeds` or `batch_size` is not a multiple of its axis.
@@ -48,19 +51,19 @@ def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int) -> Mesh:
     if data == -1:
         data = max(1, available // seed)
     if seed < 1 or data < 1:
-        raise UserError(f"config.devices: seed={seed}, data={data}; give positive numbers, or -1 for one.")
+        raise UserError(f"{place}.devices: seed={seed}, data={data}; give positive numbers, or -1 for one.")
     if seed * data > available:
         raise UserError(
-            f"config.devices: seed={seed} × data={data} asks for more than the {available} devices."
+            f"{place}.devices: seed={seed} × data={data} asks for more than the {available} devices."
         )
     if seeds % seed:
         raise UserError(
-            f"config.seeds: {seeds} is not a multiple of devices.seed={seed}; change one of them."
+            f"{place}.seeds: {seeds} is not a multiple of devices.seed={seed}; change one of them."
         )
     if batch_size % data:
         raise UserError(
-            f"config.batch_size: {batch_size} is not a multiple of devices.data={data};"
-            " change it, or set config.devices.data."
+            f"{place}.batch_size: {batch_size} is not a multiple of devices.data={data};"
+            f" change it, or set {place}.devices.data."
         )
     devices = np.asarray(jax.devices()[: seed * data]).reshape(seed, data)
     return Mesh(devices, (SEED, DATA))
@@ -78,15 +81,18 @@ def over_seeds(mesh: Mesh) -> NamedSharding:
 def batch_shardings(batch: chex.ArrayTree, mesh: Mesh, *leading: str | None) -> chex.ArrayTree:
     """How a batch is split over the devices, array by array.
 
-    The split axis is the first of an array's two foremost that the devices divide: of environments
-    [E, n, ...] it is n where E is too small. `leading` names the axes that come before those.
+    The split axis is the first, or the second of environments [E, n, ...] that are fewer than the devices.
+    An array that the devices do not divide is whole on each. `leading` names the axes before the batch's.
     """
     devices = mesh.shape[DATA]
 
     def sharding(array: Any) -> NamedSharding:
-        axes = range(len(leading), min(len(leading) + 2, np.ndim(array)))
-        axis = next((axis for axis in axes if np.shape(array)[axis] % devices == 0), None)
-        split = () if axis is None else (None,) * (axis - len(leading)) + (DATA,)
+        shape = np.shape(array)[len(leading) :]
+        split: tuple[str | None, ...] = ()
+        if shape and shape[0] % devices == 0:
+            split = (DATA,)
+        elif len(shape) > 1 and shape[0] < devices and shape[1] % devices == 0:
+            split = (None, DATA)
         return NamedSharding(mesh, PartitionSpec(*leading, *split))
 
     return jax.tree.map(sharding, batch)
@@ -169,6 +175,34 @@ def pmap_layout(mesh: Mesh) -> Layout:
         gather=jax.jit(join, out_shardings=over_seeds(mesh)),
         replicate=lambda tree: put(tree, replicated(mesh)),
     )
+
+
+def on_primary(action: Callable[[], T]) -> T | None:
+    """Does something on the first host only, and raises on all hosts what it raises there.
+
+    A host that went on alone would wait for the first one for ever.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error, message = None, None, b""
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except Exception as raised:
+            error, message = raised, (str(raised) or type(raised).__name__).encode()[:1000]
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(1000, b"\0"), np.uint8))
+    if error is not None:
+        raise error
+    if (text := np.asarray(told).tobytes().rstrip(b"\0")) != b"":
+        raise UserError(text.decode(errors="replace"))
+    return result
+
+
+def all_hosts(condition: bool) -> bool:
+    """Whether a condition holds on every host."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
 def fetch(array: jax.Array) -> np.ndarray:

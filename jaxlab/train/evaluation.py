@@ -4,15 +4,13 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlab.core import Batch, Evaluator, Outputs, State
+from jaxlab.core import Batch, Evaluator, Outputs, State, UserError
 from jaxlab.core.statistics import mean_and_stderr
 from jaxlab.train import devices
-from jaxlab.train.program import MakeMethod
 
 
 class Summary(NamedTuple):
@@ -24,35 +22,41 @@ class Summary(NamedTuple):
 
 
 def make_evaluate(
-    make_method: MakeMethod, evaluators: Mapping[str, Evaluator], mesh: Mesh
-) -> Callable[[State, chex.ArrayTree], dict[str, Summary]]:
-    """Returns `evaluate(states, handed_over) -> {"<evaluator>/<metric>": Summary}`, for replicas [seeds].
+    predict: Callable[[State, Batch], Outputs], evaluators: Mapping[str, Evaluator], mesh: Mesh
+) -> Callable[[State], dict[str, Summary]]:
+    """Returns `evaluate(states) -> {"<evaluator>/<metric>": Summary}`, for states with leading axis [seeds].
 
     A replica is on every device while it is evaluated, and its batches are split over them; in a run of
-    several hosts all of them go through the same evaluation and get the same figures.
+    several hosts all of them go through the same evaluation and get the same figures. Evaluators are given
+    one and the same `predict` for all seeds and evaluations, so that what they compile is compiled once.
+
+    Raises:
+      UserError: an evaluator gave other metrics for one seed than for another.
     """
     everywhere = devices.replicated(mesh)
 
     @jax.jit
-    def compiled_predict(state: State, handed_over: Any, batch: Batch) -> Outputs:
-        outputs = make_method(handed_over).predict(state, batch)
-        return jax.lax.with_sharding_constraint(outputs, everywhere)
+    def compiled_predict(state: State, batch: Batch) -> Outputs:
+        return jax.lax.with_sharding_constraint(predict(state, batch), everywhere)
+
+    def predict_split(state: State, batch: Batch) -> Outputs:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, batch))):
+            return compiled_predict(state, batch)  # within what an evaluator compiles itself
+        return compiled_predict(state, devices.put(batch, devices.batch_shardings(batch, mesh)))
 
     pick = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree), out_shardings=everywhere)
 
-    def evaluate(states: State, handed_over: chex.ArrayTree) -> dict[str, Summary]:
+    def evaluate(states: State) -> dict[str, Summary]:
         seeds = jax.tree.leaves(states)[0].shape[0]
         collected: dict[str, list[Any]] = {}
         for i in range(seeds):
-            state, given = pick((states, handed_over), i)
-
-            def predict(state: State, batch: Batch, given: Any = given) -> Outputs:
-                batch = devices.put(batch, devices.batch_shardings(batch, mesh))
-                return compiled_predict(state, given, batch)
-
+            state = pick(states, i)
             for name, evaluator in evaluators.items():
-                for metric, value in evaluator.evaluate(predict, state).items():
+                for metric, value in evaluator.evaluate(predict_split, state).items():
                     collected.setdefault(f"{name}/{metric}", []).append(np.asarray(value, np.float64))
+        for name, values in collected.items():
+            if len(values) != seeds or len({value.shape for value in values}) > 1:
+                raise UserError(f"evaluator metric '{name}': its seeds differ in presence or shape.")
         return {name: summarise(values) for name, values in collected.items()}
 
     return evaluate

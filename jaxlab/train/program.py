@@ -5,6 +5,7 @@ of the loop, and a resumed run makes the same arithmetic as one that was never s
 """
 
 import collections
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh
 
-from jaxlab.core import Batch, Method, State, Stream
+from jaxlab.core import Batch, Method, State, Stream, UserError
 from jaxlab.train import devices
 
-# Builds the method of one replica from what an earlier stage handed over to that replica (or None).
+# Builds the method: given None as a run uses it, given the variables that an earlier stage handed over to
+# a replica so that `init` starts from them.
 MakeMethod = Callable[[Any], Method]
 
 
@@ -71,9 +73,14 @@ class Program(NamedTuple):
     num_compiled: Callable[[], int]
 
 
-def replica_keys(seed: int, seeds: int) -> Keys:
-    """The keys of all replicas: replica i has those of a single-seed run with seed `seed + i`."""
+def replica_keys(seed: int, seeds: int, stage: str = "") -> Keys:
+    """The keys of all replicas: replica i has those of a single-seed run with seed `seed + i`.
+
+    Stages of one run have keys of their own, so that one does not see the batches of another again.
+    """
     roots = [jax.random.key(seed + i) for i in range(seeds)]
+    if stage:
+        roots = [jax.random.fold_in(root, zlib.crc32(stage.encode())) for root in roots]
     return Keys(*jnp.stack([jax.random.split(root, 3) for root in roots], axis=1))
 
 
@@ -87,12 +94,13 @@ def make_program(
     log_every: int,
     steps_per_call: int,
     backend: str = "mesh",
+    stage: str = "",
     handed_over: chex.ArrayTree = None,
 ) -> Program:
     """Builds the program of a run.
 
     Args:
-      make_method: the method of one replica, from what was handed over to it.
+      make_method: the method, from what was handed over to a replica or None.
       stream: where batches come from.
       mesh: the devices, `seed` × `data`.
       seed: the first replica's seed.
@@ -100,32 +108,35 @@ def make_program(
       log_every: metric sums start anew after each multiple of this many steps.
       steps_per_call: the most steps to fuse in one call.
       backend: "mesh" (`jit` over both axes) or "pmap" (over the seed axis).
+      stage: the name of the run's stage, where it has stages.
       handed_over: from an earlier stage, with leading axis [seeds], or None.
+
+    Raises:
+      UserError: the method, its network and the batches do not fit each other.
     """
-    keys = replica_keys(seed, seeds)
+    keys = replica_keys(seed, seeds, stage)
+    method = make_method(None)
+    one_handed_over = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), handed_over)
+    _, metrics = check_fit(make_method, stream, one_handed_over)
     layout = devices.pmap_layout(mesh) if backend == "pmap" else devices.mesh_layout(mesh)
     spmd_axis_name = devices.SEED if backend == "mesh" else None
 
     def init_replica(keys: Keys, handed_over: Any, batch: Batch | None) -> Replica:
-        method = make_method(handed_over)
         batch = stream.batch(0, keys.data) if batch is None else batch
-        state = method.init(keys.init, batch)
-        _, metrics = jax.eval_shape(method.update, state, batch, keys.update)
+        state = make_method(handed_over).init(keys.init, batch)
         return Replica(
             state,
             metric_sums={name: jnp.zeros((), jnp.float32) for name in metrics},
             bad_step={name: jnp.full((), -1, jnp.int32) for name in metrics},
         )
 
-    def train_step(
-        replica: Replica, step: jax.Array, keys: Keys, handed_over: Any, batch: Batch | None
-    ) -> Replica:
+    def train_step(replica: Replica, step: jax.Array, keys: Keys, batch: Batch | None) -> Replica:
         if batch is None:
             batch = stream.batch(step, keys.data)
             if backend == "mesh":
                 batch = jax.lax.with_sharding_constraint(batch, devices.batch_shardings(batch, mesh))
         key = jax.random.fold_in(keys.update, step)
-        state, metrics = make_method(handed_over).update(replica.state, batch, key)
+        state, metrics = method.update(replica.state, batch, key)
         metric_sums, bad_step = {}, {}
         for name, value in metrics.items():
             value = jnp.asarray(value, jnp.float32)
@@ -149,13 +160,16 @@ def make_program(
 
     # What one device of a pmap, or the whole mesh, is given.
     block = seeds // mesh.shape[devices.SEED] if backend == "pmap" else seeds
-    example = jax.tree.map(lambda x: x[:block], (keys, handed_over, layout.gather(host_batch(0))))
+    keys_block, handed_block, batch_block = jax.tree.map(
+        lambda x: x[:block], (keys, handed_over, layout.gather(host_batch(0)))
+    )
     all_init = jax.vmap(init_replica, spmd_axis_name=spmd_axis_name)
-    all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0, 0), spmd_axis_name=spmd_axis_name)
-    initial, init_constants = _hoist_constants(all_init, *example)
-    replicas = jax.eval_shape(all_init, *example)
-    one_step, step_constants = _hoist_constants(all_step, replicas, jnp.int32(0), *example)
-    fused = stream.on_device and _loops_well(one_step, step_constants, replicas, jnp.int32(0), *example)
+    all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0), spmd_axis_name=spmd_axis_name)
+    replicas = jax.eval_shape(all_init, keys_block, handed_block, batch_block)
+    initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
+    step_example = (replicas, jnp.int32(0), keys_block, batch_block)
+    one_step, step_constants = _hoist_constants(all_step, *step_example)
+    fused = stream.on_device and _loops_well(one_step, step_constants, *step_example)
 
     def many_steps(constants, replicas, step, num_steps, *rest):
         if fused:
@@ -167,16 +181,16 @@ def make_program(
         else:
             replicas = one_step(constants, replicas, step, *rest)
         # A buffer of its own, for the host to wait on: the replicas' own are donated to the next call.
-        return replicas, jax.tree.leaves(replicas.bad_step)[0] + 0
+        return replicas, jnp.full((block,), step + num_steps)
 
     compiled_init = layout.compile(initial, (None, 0, 0, 0), ())
-    compiled_call = layout.compile(many_steps, (None, 0, None, None, 0, 0, 0), (1,))
-    keys_there, handed_over_there = layout.scatter((keys, handed_over))
-    init_constants = layout.replicate(init_constants)
-    step_constants = layout.replicate(step_constants)
+    compiled_call = layout.compile(many_steps, (None, 0, None, None, 0, 0), (1,))
+    keys_there = layout.scatter(keys)
+    placed = {id(constant): layout.replicate(constant) for constant in (*init_constants, *step_constants)}
 
     def run_init() -> Replica:
-        return compiled_init(init_constants, keys_there, handed_over_there, host_batch(0))
+        constants = [placed[id(constant)] for constant in init_constants]
+        return compiled_init(constants, keys_there, layout.scatter(handed_over), host_batch(0))
 
     def abstract() -> Replica:
         sharding = devices.over_seeds(mesh)
@@ -187,26 +201,61 @@ def make_program(
     def run_call(
         replicas: Replica, step: int, num_steps: int, batch: Batch | None
     ) -> tuple[Replica, jax.Array]:
-        return compiled_call(
-            step_constants,
-            replicas,
-            np.int32(step),
-            np.int32(num_steps),
-            keys_there,
-            handed_over_there,
-            batch,
-        )
+        constants = [placed[id(constant)] for constant in step_constants]
+        return compiled_call(constants, replicas, np.int32(step), np.int32(num_steps), keys_there, batch)
 
     return Program(
-        run_init,
-        run_call,
-        host_batches,
-        steps_per_call if fused else 1,
-        abstract,
-        layout.gather,
-        layout.scatter,
-        lambda: compiled_call._cache_size(),
+        init=run_init,
+        call=run_call,
+        host_batches=host_batches,
+        steps_per_call=steps_per_call if fused else 1,
+        abstract=abstract,
+        gather=layout.gather,
+        scatter=layout.scatter,
+        num_compiled=lambda: compiled_call._cache_size(),
     )
+
+
+def check_fit(
+    make_method: MakeMethod, stream: Stream, handed_over: chex.ArrayTree = None
+) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of a replica's state and metrics, nothing being computed.
+
+    `handed_over` may be shapes too.
+
+    Raises:
+      UserError: method, network and data do not fit each other, or `update` does not return the state it
+        was given and scalars.
+    """
+    batch = None if stream.on_device else stream.batch(0, jax.random.key(0))
+
+    def init_and_update(key: chex.PRNGKey, handed_over: Any) -> Any:
+        first = stream.batch(0, key) if batch is None else batch
+        state = make_method(handed_over).init(key, first)
+        return state, make_method(None).update(state, first, key)
+
+    try:
+        state, (updated, metrics) = jax.eval_shape(init_and_update, jax.random.key(0), handed_over)
+    except UserError:
+        raise
+    except Exception as error:  # whatever shapes, keys and sizes that do not fit lead to under tracing
+        raise UserError(f"method, network and data do not fit: {type(error).__name__}: {error}") from error
+    before, after = (
+        {jax.tree_util.keystr(path): leaf.str_short() for path, leaf in _typed_leaves(tree)}
+        for tree in (state, updated)
+    )
+    for name in [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+        raise UserError(
+            f"method: init's state{name} is {before.get(name, 'absent')} and update's"
+            f" {after.get(name, 'absent')}; update must return the structure, shapes and dtypes it was given."
+        )
+    for name in [name for name, value in metrics.items() if value.shape]:
+        raise UserError(f"method: metric '{name}' has shape {metrics[name].shape}; metrics are scalars.")
+    return state, metrics
+
+
+def _typed_leaves(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:
+    return [(path, jax.typeof(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _hoist_constants(function: Callable, *example: Any) -> tuple[Callable, list[jax.Array]]:

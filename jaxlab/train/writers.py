@@ -117,16 +117,17 @@ class ProgressLine:
 
     def __init__(self, title: str, step: int, steps: int, *, primary: bool = True):
         self._title, self._steps = title, steps
-        self._console = Console(quiet=not primary, soft_wrap=True)
+        # Nothing is read as markup: the title of a run of a sweep has brackets, "network.hidden=[64]".
+        self._console = Console(quiet=not primary, soft_wrap=True, markup=False, emoji=False, highlight=False)
         self._last_log = (step, time.monotonic())
         self._bar = None
         if self._console.is_terminal and primary:
             columns = (
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task(title, total=steps, completed=step, text="compiling")
@@ -145,10 +146,12 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=f"{text}  {rate:,.0f} steps/s")
         else:
-            self._console.print(
-                f"{self._title}  step {step}/{self._steps}  {text}  {rate:,.0f} steps/s", highlight=False
-            )
+            self._console.print(f"{self._title}  step {step}/{self._steps}  {text}  {rate:,.0f} steps/s")
         return rate
+
+    def resume(self) -> None:
+        """Time spent on evaluations and checkpoints is not counted as time of steps."""
+        self._last_log = (self._last_log[0], time.monotonic())
 
     def close(self) -> None:
         if self._bar is not None:

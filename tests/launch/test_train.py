@@ -27,12 +27,12 @@ def finished(tmp_path_factory):
 
 
 def stop_at(monkeypatch, step):
-    """Sends this process SIGTERM when the line of `step` is written."""
+    """Sends this process SIGTERM when the training line of `step` is written."""
     write = writers.MetricWriter.write
 
-    def write_and_stop(self, at, *arguments, **more):
-        write(self, at, *arguments, **more)
-        if at == step:
+    def write_and_stop(self, at, split, *arguments, **more):
+        write(self, at, split, *arguments, **more)
+        if (at, split) == (step, "train"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(writers.MetricWriter, "write", write_and_stop)
@@ -74,7 +74,8 @@ def test_sigterm_checkpoints_and_the_run_goes_on_to_the_same_bits(finished, tmp_
         stop_at(patch, 10)
         assert runs.run(config, tmp_path, "--config.steps_per_call=3") == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 13" in capsys.readouterr().err
-    assert json.loads(runs.result(tmp_path))["status"] == "interrupted"
+    interrupted = json.loads(runs.result(tmp_path))
+    assert (interrupted["status"], interrupted["step"]) == ("interrupted", 13)
     assert runs.run(config, tmp_path) == 0
     assert runs.lines(tmp_path) == runs.lines(undisturbed)
     assert runs.result(tmp_path) == runs.result(undisturbed)
@@ -189,7 +190,7 @@ def test_stages_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"stages.tuned.init_from: 'base' has 3 seeds and this run 2; give both"):
         runs.run(config, tmp_path / "seeds", "--config.stages.base.seeds=3", "--config.stages.base.steps=10")
     wider = '--config.stages.tuned.network={"name": "mlp", "num_classes": 2, "hidden": [9], "norm": "batch_norm"}'
-    with pytest.raises(UserError, match=r"stages.tuned.init_from: .* does not fit config.network: .*\[8\].*\[9\]"):
+    with pytest.raises(UserError, match=r"stages.tuned: init_from: .* does not fit the network: .*8\].*9\]"):
         runs.run(config, tmp_path / "run", "--config.stages.base.steps=10", wider)
 
 

@@ -30,7 +30,7 @@ def detection(
     ood: Mapping[str, Dataset],
     *,
     scores: tuple[str | LogitScore, ...] = ("maximum_softmax_probability", "max_logit", "energy"),
-    batch_size: int = 500,
+    batch_size: int = 512,
     transforms: tuple[Transform, ...] = (),
     positive: Positive = "id",
     rule: Rule = "nearest",
