@@ -11,7 +11,7 @@ from launch import train
 
 ROOT = Path(__file__).parents[2]
 
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 
 
@@ -32,7 +32,7 @@ def get_config(size="cpu"):
     c.evaluators = dict(test=dict(name="tests.toy:accuracy"))
     c.devices = dict(seed=1, data=1)
     return c
-'''
+"""
 
 STAGED = CONFIG.replace(
     "    return c",

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -100,7 +101,12 @@ def kill_until_done(config, workdir, kills, seed, *overrides):
     return output
 
 
-LONG = ("--config.steps=40000", "--config.log_every=100", "--config.checkpoint_every=200", "--config.eval_every=4000")
+LONG = (
+    "--config.steps=40000",
+    "--config.log_every=100",
+    "--config.checkpoint_every=200",
+    "--config.eval_every=4000",
+)
 
 
 @pytest.mark.parametrize(
@@ -185,18 +191,48 @@ def test_stages_hand_over_on_many_devices_as_on_one(tmp_path, devices):
     )
 
 
+def test_a_damaged_last_checkpoint_of_a_stage_is_made_again_before_it_is_handed_over(tmp_path):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    for name in ("undisturbed", "damaged"):
+        assert runs.run(config, tmp_path / name) == 0
+    shutil.rmtree(tmp_path / "damaged" / "tuned")
+    for path in (tmp_path / "damaged" / "base" / "checkpoints" / "40").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert runs.run(config, tmp_path / "damaged") == 0
+    for file in ("base/metrics.jsonl", "base/result.json", "tuned/metrics.jsonl", "tuned/result.json"):
+        assert (tmp_path / "damaged" / file).read_text() == (tmp_path / "undisturbed" / file).read_text()
+
+
+def test_a_signal_in_the_last_call_of_a_stage_stops_the_run_before_the_next(tmp_path, monkeypatch):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 40)
+        assert runs.run(config, tmp_path / "run") == 128 + signal.SIGTERM
+    assert json.loads(runs.result(tmp_path / "run" / "base"))["status"] == "complete"
+    assert not (tmp_path / "run" / "tuned" / "metrics.jsonl").exists()
+    assert runs.run(config, tmp_path / "run") == 0
+
+
 def test_stages_that_do_not_fit_are_refused(tmp_path):
     config = runs.write_config(tmp_path, runs.STAGED)
-    with pytest.raises(UserError, match=r"stages.tuned.init_from: 'base' has 3 seeds and this run 2; give both"):
+    with pytest.raises(
+        UserError, match=r"stages.tuned.init_from: 'base' has 3 seeds and this run 2; give both"
+    ):
         runs.run(config, tmp_path / "seeds", "--config.stages.base.seeds=3", "--config.stages.base.steps=10")
-    wider = '--config.stages.tuned.network={"name": "mlp", "num_classes": 2, "hidden": [9], "norm": "batch_norm"}'
+    wider = (
+        '--config.stages.tuned.network={"name": "mlp", "num_classes": 2, "hidden": [9], "norm": "batch_norm"}'
+    )
     with pytest.raises(UserError, match=r"stages.tuned: init_from: .* does not fit the network: .*8\].*9\]"):
         runs.run(config, tmp_path / "run", "--config.stages.base.steps=10", wider)
+    assert not (tmp_path / "run" / "base" / "metrics.jsonl").exists()  # found before anything was trained
 
 
 def test_divergence_names_step_metric_and_seed_and_keeps_the_good_checkpoint(tmp_path):
     config = runs.write_config(tmp_path, runs.CONFIG.replace("tests.toy:blobs", "tests.toy:exploding"))
-    with pytest.raises(UserError, match="'loss' is not finite at step 25 of seed 0; the checkpoint of step 20") as e:
+    with pytest.raises(
+        UserError, match="'loss' is not finite at step 25 of seed 0; the checkpoint of step 20"
+    ) as e:
         runs.run(config, tmp_path / "run", "--config.data.at=25")
     assert e.value.status == 1
     assert json.loads(runs.result(tmp_path / "run"))["status"] == "diverged"
@@ -215,7 +251,10 @@ def test_a_workdir_in_use_is_refused(finished):
     ("overrides", "message"),
     [
         (["--config.stepz=3"], r"config.stepz: no such key. Did you mean 'steps'\?"),
-        (["--config.network.hiden=[3]"], r"config.network.hiden: mlp\(\) takes no 'hiden'. Did you mean 'hidden'"),
+        (
+            ["--config.network.hiden=[3]"],
+            r"config.network.hiden: mlp\(\) takes no 'hiden'. Did you mean 'hidden'",
+        ),
         (["--config.netwrk.hidden=[3]"], "config.netwrk: no such section. Did you mean 'network'"),
         (["--config.network.hidden=wide"], "config.network.hidden: .*expects .*, got 'wide'"),
         (["--config.steps=many"], "config.steps: .*expects int, got 'many'"),
@@ -287,16 +326,17 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_good(finished, 
     assert experiment.load(tmp_path).step >= 100
 
 
-def test_two_processes_train_to_the_result_of_one(finished, tmp_path):
-    _, undisturbed = finished
-    config = runs.write_config(tmp_path, runs.STAGED)
-    processes = [
+def start_two(config, workdir, *overrides):
+    """Two processes on this machine, one device each, that train together."""
+    port = np.random.default_rng().integers(20000, 60000)
+    return [
         runs.start(
             config,
-            tmp_path / "run",
+            workdir,
             "--config.devices.data=2",
+            *overrides,
             env=runs.environment(
-                COORDINATOR_ADDRESS=f"localhost:{20000 + os.getpid() % 10000}",
+                COORDINATOR_ADDRESS=f"localhost:{port}",
                 NUM_PROCESSES="2",
                 PROCESS_ID=str(i),
                 JAX_PLATFORMS="cpu",
@@ -304,12 +344,44 @@ def test_two_processes_train_to_the_result_of_one(finished, tmp_path):
         )
         for i in range(2)
     ]
-    for process in processes:
+
+
+def test_two_processes_train_to_the_result_of_one(tmp_path):
+    config = runs.write_config(tmp_path, runs.STAGED)
+    for process in start_two(config, tmp_path / "two"):
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-    assert json.loads(runs.result(tmp_path / "run"))["environment"]["process_count"] == 2
+    assert json.loads(runs.result(tmp_path / "two"))["environment"]["process_count"] == 2
+    assert runs.run(config, tmp_path / "one") == 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-        runs.final_state(tmp_path / "run" / "base"),
-        runs.final_state(undisturbed),
+        *(runs.final_state(tmp_path / name / "tuned") for name in ("one", "two")),
     )
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_on_a_signal_to_one_and_go_on(tmp_path):
+    config = runs.write_config(tmp_path)
+    long = ("--config.steps=3000", "--config.log_every=100", "--config.checkpoint_every=1000")
+    processes = start_two(config, tmp_path / "two", *long)
+    while not (tmp_path / "two" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    processes[1].terminate()
+    for process in processes:
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    for process in start_two(config, tmp_path / "two", *long):
+        assert process.wait(timeout=300) == 0
+    steps = [
+        json.loads(line)["step"] for line in runs.lines(tmp_path / "two").splitlines() if '"train"' in line
+    ]
+    assert steps == list(range(100, 3001, 100))
+
+
+@pytest.mark.slow
+def test_what_only_the_first_of_two_processes_finds_ends_both(tmp_path):
+    config = runs.write_config(tmp_path)
+    assert runs.run(config, tmp_path / "run") == 0
+    for process in start_two(config, tmp_path / "run", "--config.optimizer.learning_rate=0.2"):
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "holds a run of another config" in error

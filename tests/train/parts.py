@@ -14,7 +14,18 @@ from tests import toy
 BATCH_SIZE = 16
 
 
-def make(*, seed=0, seeds=2, mesh=(1, 1), backend="mesh", stream=None, network="mlp", log_every=10, **more):
+def make(
+    *,
+    seed=0,
+    seeds=2,
+    mesh=(1, 1),
+    backend="mesh",
+    stream=None,
+    network="mlp",
+    log_every=10,
+    make_method=None,
+    **more,
+):
     """A program of `erm` on the blobs, over `mesh` (seed, data) devices."""
     networks = {
         "mlp": mlp(num_classes=2, hidden=(8,), norm="batch_norm"),
@@ -22,7 +33,7 @@ def make(*, seed=0, seeds=2, mesh=(1, 1), backend="mesh", stream=None, network="
     }
     method = erm(networks[network], optax.sgd(0.1, momentum=0.9))
     return make_program(
-        lambda handed_over: method,
+        make_method or (lambda handed_over: method),
         stream or toy.blobs(BATCH_SIZE),
         mesh=devices.make_mesh(*mesh, seeds=seeds, batch_size=BATCH_SIZE),
         seed=seed,

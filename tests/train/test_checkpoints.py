@@ -48,7 +48,10 @@ def assert_is(restored, step):
     assert restored[0] == step
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(
-            *(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+            *(
+                jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+                for x in (a, b)
+            )
         ),
         restored[1],
         state(step),
@@ -87,7 +90,9 @@ def test_a_best_metric_that_is_not_evaluated_is_named(tmp_path):
 
 
 def files_of(workdir, step):
-    return [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file() and p.stat().st_size > 8]
+    return [
+        p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file() and p.stat().st_size > 8
+    ]
 
 
 def truncate(path):
@@ -135,9 +140,10 @@ def test_a_flipped_bit_changes_the_checksum():
     changed = [
         {**tree, "a": tree["a"].at[3].set(np.nextafter(np.float32(3), np.float32(4)))},
         {**tree, "a": tree["a"][::-1]},
+        {**tree, "a": -tree["a"]},
         {**tree, "b": tree["b"].at[0].set(1)},
     ]
-    assert len({int(checksum(t)) for t in (tree, *changed)}) == 4
+    assert len({int(checksum(t)) for t in (tree, *changed)}) == 5
 
 
 def test_exchanged_checkpoints_are_recognised(saved):

@@ -1,13 +1,16 @@
 """One program, many seeds, steps and devices: it computes what each seed alone computes on one device."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.core import Stream, UserError
+from jaxlab.core import Method, Stream, UserError
 from jaxlab.train import devices
-from jaxlab.train.program import _hoist_constants
+from jaxlab.train.loop import _has_nan
+from jaxlab.train.program import _hoist_constants, replica_keys
 from tests import toy
 from tests.train.parts import BATCH_SIZE, assert_close, assert_equal, make, run
 
@@ -90,6 +93,50 @@ def test_convolutions_are_not_fused_in_a_loop_on_a_cpu():
     assert make(network="conv_net").steps_per_call == (1 if jax.default_backend() == "cpu" else 100)
 
 
+def test_stages_of_one_seed_have_keys_of_their_own():
+    keys = [replica_keys(0, 2, stage) for stage in ("", "teacher", "student")]
+    data = np.concatenate([jax.random.key_data(jnp.stack(k)).reshape(-1, 2) for k in keys])
+    assert len({tuple(row) for row in data}) == len(data)
+
+
+class Search(NamedTuple):
+    """A state without a float, as a search over subsets has."""
+
+    variables: dict
+    mask: jax.Array
+
+
+def search(update):
+    method = Method(
+        lambda key, batch: Search({}, jnp.zeros(4, bool)), update, lambda state, batch: {"mask": state.mask}
+    )
+    return lambda handed_over: method
+
+
+def test_a_method_without_floats_network_or_metrics_runs():
+    flip = search(lambda state, batch, key: (state._replace(mask=~state.mask), {}))
+    replicas = run(make(make_method=flip))
+    assert not np.any(replicas.state.mask)  # twelve steps
+    assert not np.any(_has_nan(replicas.state))
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (
+            lambda s, b, k: (s._replace(mask=s.mask * 1.0), {}),
+            r"state.mask is bool\[4\] and update's float32",
+        ),
+        (lambda s, b, k: (s._replace(variables={"new": s.mask}), {}), r"\['new'\] is absent and"),
+        (lambda s, b, k: (s, {"loss": jnp.zeros(3)}), r"metric 'loss' has shape \(3,\)"),
+        (lambda s, b, k: (s, {"loss": b["nothing"]}), "do not fit: KeyError: 'nothing'"),
+    ],
+)
+def test_an_update_that_does_not_return_what_it_was_given_is_refused(update, message):
+    with pytest.raises(UserError, match=message):
+        make(make_method=search(update))
+
+
 def test_arrays_that_a_stream_closes_over_are_arguments_of_the_program():
     table = jnp.arange(10_000.0)
 
@@ -104,9 +151,10 @@ def test_arrays_that_a_stream_closes_over_are_arguments_of_the_program():
 
 def test_a_batch_of_environments_is_split_along_the_first_axis_that_fits():
     mesh = devices.make_mesh(1, 8, seeds=1, batch_size=16)
-    batch = {"image": np.zeros((2, 16, 3)), "weight": np.zeros(3), "label": np.zeros((16, 2))}
-    specs = {k: tuple(s.spec) for k, s in devices.batch_shardings(batch, mesh).items()}
-    assert specs == {"image": (None, "data"), "weight": (), "label": ("data",)}
+    sizes = {"image": (2, 16, 3), "weight": (3,), "label": (16, 2), "odd": (12, 8, 8)}
+    specs = devices.batch_shardings({name: np.zeros(size) for name, size in sizes.items()}, mesh)
+    specs = {name: tuple(sharding.spec) for name, sharding in specs.items()}
+    assert specs == {"image": (None, "data"), "weight": (), "label": ("data",), "odd": ()}
 
 
 def test_environment_batches_split_over_devices_equal_one_device():
