@@ -231,7 +231,8 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
             context["num_classes"] = settings.network["num_classes"]
     if settings.optimizer is not None:
         optimizer = plan("optimizer", settings.optimizer, f"{path}.optimizer")
-        context["optimizer"] = Plan(_wrap_optimizer, {"optimizer": optimizer, "settings": settings})
+        wrapped = {"optimizer": optimizer, "settings": settings}
+        context["optimizer"] = Plan(_wrap_optimizer, wrapped, f"{path}.optimizer", "optimizer")
     method = plan("method", settings.method, f"{path}.method", **context, **data_dir)
     if (settings.clip_norm or settings.accumulate_steps > 1) and "optimizer" not in method.arguments:
         raise UserError(
@@ -282,6 +283,8 @@ def _place_in_errors(stage: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if str(error).startswith("config"):
+            raise
         raise UserError(f"{configs.place(stage)}: {error}") from error
 
 

@@ -60,7 +60,8 @@ def test_an_earlier_checkpoint_can_be_loaded_and_a_missing_one_is_named(folder):
 
 def test_overrides_are_read_as_values(tmp_path):
     config = config_of(
-        tmp_path, **{"network.hidden": "[4,4]", "network.norm": "none", "optimizer.nesterov": "true", "seeds": "3"}
+        tmp_path,
+        **{"network.hidden": "[4,4]", "network.norm": "none", "optimizer.nesterov": "true", "seeds": "3"},
     )
     assert config["network"] == {"hidden": [4, 4], "name": "mlp", "norm": None, "num_classes": 2}
     assert config["optimizer"]["nesterov"] is True
@@ -78,7 +79,10 @@ def test_stages_run_behind_what_they_start_from_and_inherit_the_rest(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"stages.tuned.init_from": "bse"}, "config.stages.tuned.init_from: no stage 'bse'. Did you mean 'base'"),
+        (
+            {"stages.tuned.init_from": "bse"},
+            "config.stages.tuned.init_from: no stage 'bse'. Did you mean 'base'",
+        ),
         ({"stages.base.init_from": "tuned"}, "in a circle"),
         ({"stages.base.stepz": "3"}, "config.stages.base.stepz: no such key. Did you mean 'steps'"),
         ({"stages.base.network.hiden": "[3]"}, "config.stages.base.network: no such section"),

@@ -37,7 +37,7 @@ def get_config(size="cpu"):
     # Pixels are 0 to 16; mean and deviation are those of the training digits.
     transforms = [dict(name="transforms.standardize", scale=16.0, mean=[0.305], std=[0.376])]
     digits = dict(name="streams.resident", dataset=train, transforms=transforms)
-    shuffled_pixels = dict(name="outliers.pixel_permutation", dataset=train, count=2 * TRAINING_EXAMPLES, seed=0)
+    shuffled_pixels = dict(name="outliers.pixel_permutation", dataset=train, count=2 * TRAINING_EXAMPLES)
     with_outliers = dict(
         name="streams.with_auxiliary",
         stream=digits,
@@ -85,8 +85,9 @@ def get_config(size="cpu"):
 
     fine_tuning = dict(epochs=10, learning_rate=1e-3 if paper else 0.01, init_from="pretrain")
     c.stages = ConfigDict(sort_keys=False)  # in this order in every table
-    c.stages.pretrain = stage(dict(name="supervised.erm"), digits, epochs=100 if paper else 30, learning_rate=0.1)
-    c.stages.cross_entropy = stage(dict(name="supervised.erm"), digits, **fine_tuning)
+    erm = dict(name="supervised.erm")
+    c.stages.pretrain = stage(erm, digits, epochs=100 if paper else 30, learning_rate=0.1)
+    c.stages.cross_entropy = stage(erm, digits, **fine_tuning)
     c.stages.outlier_exposure = stage(
         dict(name="ood_detection.energy.fine_tune", auxiliary_loss="outlier_exposure"),
         with_outliers,
@@ -103,7 +104,9 @@ def get_config(size="cpu"):
 def sgd(learning_rate, steps):
     """Nesterov SGD with L2 on every parameter, as in the paper's Section 4.1 and code."""
     schedule = dict(
-        name="jaxlab.methods.ood_detection.energy:cosine_schedule", init_value=learning_rate, decay_steps=steps
+        name="jaxlab.methods.ood_detection.energy:cosine_schedule",
+        init_value=learning_rate,
+        decay_steps=steps,
     )
     return dict(
         name="chain",
