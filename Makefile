@@ -15,7 +15,7 @@ ARGS ?=
 comma := ,
 installed = .venv/.installed-$(subst $(comma),-,$(or $(1),base))
 
-train: $(call installed,)
+train: $(call installed,$(filter-out test,$(EXTRAS)))
 	.venv/bin/python -m launch.train --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
 
 test: $(call installed,$(EXTRAS))

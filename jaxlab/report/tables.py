@@ -144,7 +144,10 @@ def summary_table(result: Mapping[str, Any], title: str) -> rich.table.Table:
 
 def print_table(result: Mapping[str, Any], title: str, *, console: Console | None = None) -> None:
     """Prints `summary_table` and the breakdown of its means, the latter without standard errors."""
-    console = console or Console()
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a file or a pipe has no width of its own
+            console.width = 120
     console.print(summary_table(result, title))
     for table in breakdown(_of_result(result)):
         console.print(_to_rich(table, table.title, errors=False))
