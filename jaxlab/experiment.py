@@ -90,10 +90,13 @@ def build_parts(config: Mapping[str, Any], stage: str = "") -> Parts:
         with jax.ensure_compile_time_eval():
             return execute(plans["method"]._replace(arguments={**fixed, "network": network}))
 
+    stream = execute(plans["data"])
+    if not isinstance(stream, Stream):
+        raise UserError(f"{path}.data: '{settings.data['name']}' builds no Stream; put it into one.")
     return Parts(
         settings,
         make_method,
-        execute(plans["data"]),
+        stream,
         {name: execute(evaluator) for name, evaluator in plans["evaluators"].items()},
     )
 

@@ -83,7 +83,6 @@ def assert_refused(tmp_path, message, text, **overrides):
             "tests.toy:blobs",
             r"config.evaluators.test: blobs\(\) builds a Stream, an evaluator",
         ),
-        ("data", "{'name': 'store.arrays'}", r"config.data: arrays\(\) builds a dict.*, a stream is needed"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, key, value, message):

@@ -122,3 +122,11 @@ def test_mixed_precision_keeps_parameters_in_float32_and_learns(tmp_path):
     state = jax.tree.map(lambda x: x[0], replicas.state)
     logits = parts.make_method(None).predict(state, batch)["logits"]
     assert np.mean(np.asarray(jnp.argmax(logits, -1)) == batch["label"]) > 0.9
+
+
+def test_a_data_set_where_a_stream_is_needed_is_refused(tmp_path):
+    text = runs.CONFIG.replace(
+        'dict(name="tests.toy:blobs")', 'dict(name="store.arrays", dataset="digits", split="test")'
+    )
+    with pytest.raises(UserError, match="config.data: 'store.arrays' builds no Stream"):
+        experiment.build_parts(config_of(tmp_path, text))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from jaxlab.core.contracts import Evaluator, Method, Network, Stream
+from jaxlab.core.contracts import Evaluator, Method, Network
 from jaxlab.core.errors import UserError, nearest
 
 # Where the names of each kind begin; the first package that has the name wins.
@@ -30,8 +30,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 _CONTRACTS = {"network": Network, "method": Method, "evaluator": Evaluator}
-# What a section of each kind must build. Data are a stream in the end, many other things on the way there.
-_BUILT = {**_CONTRACTS, "optimizer": optax.GradientTransformation, "data": Stream}
+# What a section of a kind must build. Data may be anything on the way to a stream.
+_BUILT = {**_CONTRACTS, "optimizer": optax.GradientTransformation}
 
 
 def resolve(kind: str, name: str, path: str | None = None) -> Callable[..., Any]:
@@ -296,10 +296,9 @@ def _check_built(function: Callable[..., Any], kind: str | None, path: str, buil
     """Refuses what does not fit the kind; `built` is a type, or a return annotation that may say little."""
     origin = typing.get_origin(built) or built
     unclear = not inspect.isclass(origin) or origin in (Any, typing.Union, types.UnionType)
-    if kind is None or unclear or issubclass(origin, _BUILT[kind]):
+    if kind not in _BUILT or unclear or issubclass(origin, _BUILT[kind]):
         return
-    needed = "stream" if kind == "data" else kind
-    raise UserError(f"{path}: {_called(function)} builds {_a(_spell(built))}, {_a(needed)} is needed.")
+    raise UserError(f"{path}: {_called(function)} builds {_a(_spell(built))}, {_a(kind)} is needed.")
 
 
 def _a(noun: str) -> str:

@@ -186,7 +186,6 @@ def test_an_unknown_kind_lists_the_kinds():
             r"config.optimizer: schedule\(\) builds a function, an optimizer is needed",
         ),
         ("optimizer", "anything", r"config.optimizer: anything\(\) builds a dict, an optimizer is needed"),
-        ("data", "columns", r"config.data: columns\(\) builds a dict.*, a stream is needed"),
     ],
 )
 def test_what_is_built_must_be_of_the_kind(kind, name, message):
