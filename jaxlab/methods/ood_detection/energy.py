@@ -24,6 +24,7 @@ import optax
 from jaxlab.core import Batch, Method, Network, Outputs, UserError, Variables
 from jaxlab.core.updates import gradient_update
 from jaxlab.metrics.classification import correct, negative_log_likelihood
+from jaxlab.metrics.reductions import masked_mean
 
 
 def energy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -75,12 +76,12 @@ def energy_hinge(
     energy_in, energy_out = energy(logits_in), energy(logits_out)
     excess_in, excess_out = jax.nn.relu(energy_in - m_in), jax.nn.relu(m_out - energy_out)
     aux = {
-        "energy_in": _mean(energy_in, mask_in),
+        "energy_in": masked_mean(energy_in, mask_in),
         "energy_out": energy_out.mean(),
-        "active_in": _mean(excess_in > 0, mask_in),
+        "active_in": masked_mean(excess_in > 0, mask_in),
         "active_out": jnp.mean(excess_out > 0),
     }
-    return _mean(excess_in**2, mask_in) + jnp.mean(excess_out**2), aux
+    return masked_mean(excess_in**2, mask_in) + jnp.mean(excess_out**2), aux
 
 
 def energy_bounded_loss(
@@ -102,7 +103,7 @@ def energy_bounded_loss(
     Returns:
       The scalar, and what `energy_hinge` returns beside it with the terms `cross_entropy` and `hinge`.
     """
-    cross_entropy = _mean(negative_log_likelihood(logits_in, labels_in), mask_in)
+    cross_entropy = masked_mean(negative_log_likelihood(logits_in, labels_in), mask_in)
     hinge, aux = energy_hinge(logits_in, logits_out, m_in, m_out, mask_in)
     return cross_entropy + weight * hinge, {"cross_entropy": cross_entropy, "hinge": hinge, **aux}
 
@@ -224,10 +225,3 @@ def cosine_schedule(init_value: float, decay_steps: int, final_value: float = 1e
 
 def _at_least_float32(logits: jax.Array) -> jax.Array:
     return jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))
-
-
-def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    if mask is None:
-        return jnp.mean(values)
-    chex.assert_equal_shape([values, mask])
-    return jnp.sum(values, where=mask) / jnp.maximum(jnp.sum(mask), 1)
