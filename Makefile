@@ -35,7 +35,7 @@ bench: $(call installed,$(EXTRAS))
 lock: $(call installed,$(EXTRAS))
 	.venv/bin/pip install -q uv
 	echo "torch==2.13.0" | .venv/bin/uv pip compile pyproject.toml --extra test --extra torch --universal \
-	  --python-version 3.11 --no-emit-index-url --no-annotate --no-header -c - -q -o requirements.lock
+	  --python-version 3.11 --no-annotate --no-header -c - -q -o requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info
