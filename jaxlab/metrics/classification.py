@@ -30,7 +30,6 @@ def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def group_counts(
     labels: jax.Array,
     attributes: jax.Array,
-    *,
     num_classes: int,
     num_attributes: int,
     mask: jax.Array | None = None,
@@ -60,7 +59,6 @@ def group_accuracy(
     predictions: jax.Array,
     labels: jax.Array,
     attributes: jax.Array,
-    *,
     num_classes: int,
     num_attributes: int,
     mask: jax.Array | None = None,

@@ -47,7 +47,7 @@ def average_precision(pos: ArrayLike, neg: ArrayLike) -> float:
     return float(np.sum(np.diff(tp) / tp[-1] * tp[1:] / (tp[1:] + fp[1:])))
 
 
-def fpr_at_recall(pos: ArrayLike, neg: ArrayLike, *, recall: float = 0.95, rule: Rule = "nearest") -> float:
+def fpr_at_recall(pos: ArrayLike, neg: ArrayLike, recall: float = 0.95, rule: Rule = "nearest") -> float:
     """Fraction of negatives at or above the threshold that keeps `recall` of the positives.
 
     Args:
@@ -87,7 +87,6 @@ def roc_curve(pos: ArrayLike, neg: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 def ood_metrics(
     id_scores: ArrayLike,
     ood_scores: ArrayLike,
-    *,
     positive: Positive = "id",
     rule: Rule = "nearest",
 ) -> dict[str, float]:
@@ -139,7 +138,6 @@ def evaluate_draws(
     key: chex.PRNGKey,
     id_scores: ArrayLike,
     ood_scores: ArrayLike,
-    *,
     n_ood: int,
     repeats: int = 10,
     positive: Positive = "id",

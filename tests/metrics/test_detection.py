@@ -191,3 +191,13 @@ def test_draws_are_without_replacement_differ_and_follow_the_key():
         evaluate_draws(jax.random.key(k), id_scores, ood_scores, n_ood=3, repeats=7) for k in (0, 0, 5)
     )
     assert once == again != other
+
+
+def test_arguments_may_be_given_in_order():
+    id_scores, ood_scores = np.arange(20.0), np.arange(10.0, 30.0)
+    assert (
+        fpr_at_recall(-id_scores, -ood_scores, 0.95, "nearest")
+        == ood_metrics(id_scores, ood_scores, "id")["fpr95"]
+    )
+    by_name = evaluate_draws(jax.random.key(0), id_scores, ood_scores, n_ood=5, repeats=3)
+    assert evaluate_draws(jax.random.key(0), id_scores, ood_scores, 5, 3) == by_name
