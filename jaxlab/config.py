@@ -61,7 +61,7 @@ class Settings:
       steps_per_call: the most steps to run in one compiled call.
       data_dir: where prepared data sets are; "": TFDS's own default.
       init_from: the stage, or the folder of a finished run beside this one, whose variables training
-        starts from; "": fresh ones.
+        starts from; "": fresh ones. Where a method takes several networks: parameter of the method → stage.
       stages: ordered name → keys that differ from the rest of the config; makes a run of several stages.
     """
 
@@ -86,7 +86,12 @@ class Settings:
     backend: Literal["mesh", "pmap"] = "mesh"
     steps_per_call: int = 100
     data_dir: str = ""
-    init_from: str = ""
+    init_from: str | Mapping = ""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The networks that the method is handed over: parameter of the method → stage."""
+        return sources_of(self.init_from, "config.init_from")
 
 
 def read_file(path_and_size: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -153,6 +158,15 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         raise UserError(f"{workdir}: no run here (no config.json); give the --workdir of a run.") from error
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}).") from error
+
+
+def sources_of(init_from: str | Mapping[str, str], path: str) -> dict[str, str]:
+    """What stands in a config as `init_from`, as parameter of the method → stage; `path` is for messages."""
+    sources = init_from if isinstance(init_from, Mapping) else {"network": init_from} if init_from else {}
+    for source in sources.values():
+        if not isinstance(source, str) or not source:
+            raise UserError(f"{path}: expected the name of a stage, got {source!r}.")
+    return dict(sources)
 
 
 def place(stage: str = "") -> str:
@@ -312,18 +326,16 @@ def _stage_order(stages: Mapping[str, Any]) -> list[str]:
     order: list[str] = []
 
     def add(name: str, below: tuple[str, ...]) -> None:
-        source = stages[name].get("init_from", "")
-        if not isinstance(source, str):
-            raise UserError(f"config.stages.{name}.init_from: expected the name of a stage, got {source!r}.")
-        if source and source not in stages:
-            raise UserError(
-                f"config.stages.{name}.init_from: no stage '{source}'.{nearest(source, stages)}"
-                f" Stages: {', '.join(stages)}."
-            )
+        path = f"config.stages.{name}.init_from"
         if name in below:
-            raise UserError(f"config.stages.{name}.init_from: stages start from each other in a circle.")
-        if source and source not in order:
-            add(source, (*below, name))
+            raise UserError(f"{path}: stages start from each other in a circle.")
+        for source in sources_of(stages[name].get("init_from", ""), path).values():
+            if source not in stages:
+                raise UserError(
+                    f"{path}: no stage '{source}'.{nearest(source, stages)} Stages: {', '.join(stages)}."
+                )
+            if source not in order:
+                add(source, (*below, name))
         if name not in order:
             order.append(name)
 

@@ -29,7 +29,8 @@ class Parts(NamedTuple):
 
     Attributes:
       settings: the config's flat keys.
-      make_method: the method of one replica, from the variables handed over to it or None.
+      make_method: the method of one replica, from the variables handed over to it (parameter of the method
+        → variables of that network) or None.
       stream: the training batches.
       evaluators: by name.
     """
@@ -85,10 +86,10 @@ def build_parts(config: Mapping[str, Any], stage: str = "") -> Parts:
     def make_method(handed_over: Any) -> Method:
         if handed_over is None:
             return method
-        network = _start_from(fixed["network"], handed_over)
+        networks = {name: _start_from(fixed[name], variables) for name, variables in handed_over.items()}
         # A builder may compute: it is called under tracing here, but not traced.
         with jax.ensure_compile_time_eval():
-            return execute(plans["method"]._replace(arguments={**fixed, "network": network}))
+            return execute(plans["method"]._replace(arguments={**fixed, **networks}))
 
     stream = execute(plans["data"])
     if not isinstance(stream, Stream):
@@ -111,11 +112,13 @@ def check_stages(config: Mapping[str, Any]) -> None:
     for stage, stage_config in configs.stage_configs(config).items():
         parts = build_parts(stage_config, stage)
         build_mesh(parts.settings, stage)
-        source = parts.settings.init_from
-        if source:
-            _check_seeds(config["stages"][source].get("seeds", config["seeds"]), parts.settings, stage)
+        sources = parts.settings.sources
+        for source in sources.values():
+            seeds = config["stages"][source].get("seeds", config["seeds"])
+            _check_seeds(source, seeds, parts.settings, stage)
+        handed_over = {name: variables[source] for name, source in sources.items()}
         with _place_in_errors(stage):
-            state, _ = check_fit(parts.make_method, parts.stream, variables.get(source))
+            state, _ = check_fit(parts.make_method, parts.stream, handed_over or None)
         variables[stage] = state.variables
 
 
@@ -180,7 +183,7 @@ def final_variables(workdir: Path, mesh: Mesh, settings: Settings, stage: str = 
     source = configs.read_config(workdir)
     if read_result(workdir) is None:
         raise UserError(f"{workdir}: this run is not finished; finish it first.")
-    _check_seeds(source["seeds"], settings, stage)
+    _check_seeds(workdir.name, source["seeds"], settings, stage)
     return load(workdir, source["steps"], mesh=mesh).state.variables
 
 
@@ -230,7 +233,7 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
     context: dict[str, Any] = {"steps": settings.steps}
     if settings.network is not None:
         context["network"] = plan("network", settings.network, f"{path}.network")
-        if "num_classes" in settings.network:
+        if settings.network.get("num_classes") is not None:
             context["num_classes"] = settings.network["num_classes"]
     if settings.optimizer is not None:
         optimizer = plan("optimizer", settings.optimizer, f"{path}.optimizer")
@@ -249,10 +252,13 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
             f"{path}.best_metric: no evaluator '{evaluator}'; expected <evaluator>/<metric>,"
             f" evaluators: {known}."
         )
-    if settings.init_from and "network" not in method.arguments:
-        raise UserError(
-            f"{path}.init_from: method '{settings.method['name']}' takes no network to start from."
-        )
+    networks = [k for k, v in method.arguments.items() if isinstance(v, Plan) and v.kind == "network"]
+    for name in settings.sources:
+        if name not in networks:
+            raise UserError(
+                f"{path}.init_from: method '{settings.method['name']}' has no network '{name}' to start from."
+                f"{nearest(name, networks)} It has: {', '.join(networks) or 'none'}."
+            )
     return {
         "method": method,
         "data": plan("data", settings.data, f"{path}.data", batch_size=settings.batch_size, **data_dir),
@@ -273,10 +279,10 @@ def _wrap_optimizer(
     return optimizer
 
 
-def _check_seeds(source_seeds: int, settings: Settings, stage: str) -> None:
+def _check_seeds(source: str, source_seeds: int, settings: Settings, stage: str) -> None:
     if source_seeds != settings.seeds:
         raise UserError(
-            f"{configs.place(stage)}.init_from: '{settings.init_from}' has {source_seeds} seeds"
+            f"{configs.place(stage)}.init_from: '{source}' has {source_seeds} seeds"
             f" and this run {settings.seeds}; give both the same."
         )
 

@@ -4,6 +4,12 @@ python -m launch.prepare_data mnist --source DIR          # train-images-idx3-ub
 python -m launch.prepare_data cifar10 --source DIR        # data_batch_1, ..., batches.meta
 python -m launch.prepare_data pacs --source DIR --size 64 # photo/dog/001.jpg, sketch/dog/001.png, ...
 python -m launch.prepare_data cifar10                     # TFDS downloads it
+
+Biased data sets, with an attribute beside the label (BAR has none):
+
+python -m launch.prepare_data colored_mnist --source DIR  # train/images.npy, train/attrs.npy, valid/...
+python -m launch.prepare_data bffhq --source bffhq/0.5pct --size 224  # align/0/1_0_0.png, conflict/...
+python -m launch.prepare_data bar --source DIR --size 224 # train/climbing_0.jpg, test/climbing_326.jpg
 """
 
 import argparse
@@ -15,8 +21,15 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxlab.core import UserError
-from jaxlab.data import raw, store
+from jaxlab.data import biased, raw, store
 from launch import cli
+
+_READERS = {"idx": raw.idx_folder, "cifar": raw.cifar_folder, "arrays": biased.array_folder}
+_IMAGE_READERS = {  # these can resize
+    "folder": raw.image_folder,
+    "biased": biased.biased_folder,
+    "flat": biased.flat_folder,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--layout",
-        choices=("auto", "idx", "cifar", "folder"),
+        choices=("auto", *_READERS, *_IMAGE_READERS),
         default="auto",
-        help="idx: as MNIST comes; cifar: its python version; folder: domain/class/*.png|jpg",
+        help="idx: as MNIST comes; cifar: its python version; folder: domain/class/*.png|jpg;"
+        " arrays: images.npy and attrs.npy in train/ and valid/, as LfF makes them;"
+        " biased: align|conflict/class/*_<label>_<attribute>.png as BFFHQ comes, valid and test beside them"
+        " or one level up; flat: train|test/<class>_*.jpg as BAR comes",
     )
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the images of a folder to PIXELS × PIXELS"
@@ -83,15 +99,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(source: Path, layout: str, size: int | None) -> raw.RawDataset:
-    found = raw.find_layout(source)
-    layout = found if layout == "auto" else layout
-    if size is not None and (layout != "folder" or not 1 <= size <= 4096):
+    if layout == "auto":
+        layout = raw.find_layout(source)
+    if size is not None and (layout not in _IMAGE_READERS or not 1 <= size <= 4096):
         raise UserError(
             f"--size {size}: takes 1 to 4096 pixels, and only for image folders (layout '{layout}')."
         )
-    if layout == "folder":
-        return raw.image_folder(source, size)
-    return raw.idx_folder(source) if layout == "idx" else raw.cifar_folder(source)
+    if layout in _IMAGE_READERS:
+        return _IMAGE_READERS[layout](source, size)
+    return _READERS[layout](source)
 
 
 def _with_progress(dataset: raw.RawDataset) -> raw.RawDataset:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 from rich.console import Console
 
 from jaxlab import config as configs
@@ -104,19 +105,21 @@ def _run_stage(
     parts = experiment.build_parts(stage_config, stage)
     settings = parts.settings
     mesh = experiment.build_mesh(settings, stage)
-    handed_over = None
-    if settings.init_from:
-        source = folder.parent / settings.init_from
+
+    def take_over(source: str) -> chex.ArrayTree:
+        source_folder = folder.parent / source
         try:
-            handed_over = experiment.final_variables(source, mesh, settings, stage)
+            return experiment.final_variables(source_folder, mesh, settings, stage)
         except UserError as error:
             if not stage:
                 raise UserError(f"config.init_from: {error}") from error
-            logger.warning("%s Stage %s is taken up again before it.", error, settings.init_from)
-            devices.on_primary(lambda: (source / "result.json").unlink(missing_ok=True))
-            _run_stage(config, workdir, stop_signal, settings.init_from)
-            handed_over = experiment.final_variables(source, mesh, settings, stage)
-    program = experiment.build_program(parts, mesh, stage=stage, handed_over=handed_over)
+            logger.warning("%s Stage %s is taken up again before it.", error, source)
+            devices.on_primary(lambda: (source_folder / "result.json").unlink(missing_ok=True))
+            _run_stage(config, workdir, stop_signal, source)
+            return experiment.final_variables(source_folder, mesh, settings, stage)
+
+    handed_over = {name: take_over(source) for name, source in settings.sources.items()}
+    program = experiment.build_program(parts, mesh, stage=stage, handed_over=handed_over or None)
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     result = {"status": "running", "step": 0, "seeds": seeds, "config": dict(stage_config)}
     result |= {"environment": environment(), "evals": {}}

@@ -1,12 +1,13 @@
-"""One optimizer step on a network's parameters, as most methods take it."""
+"""One optimizer step on a network's parameters, as most methods take it; methods that are nothing else."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
 import optax
 
-from jaxlab.core.contracts import Variables
+from jaxlab.core.contracts import Batch, Method, Network, Outputs, Variables
 
 
 def gradient_update(
@@ -35,3 +36,43 @@ def gradient_update(
     moves, opt_state = optimizer.update(gradient, opt_state, variables["params"])
     params = optax.apply_updates(variables["params"], moves)
     return {**updated, "params": params}, opt_state, {"loss": value, **metrics}
+
+
+class TrainState(NamedTuple):
+    """Variables of a network and the optimizer's state."""
+
+    variables: Variables
+    opt_state: optax.OptState
+
+
+def minimize(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[
+        [Variables, Batch, chex.PRNGKey], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]
+    ],
+) -> Method:
+    """The method that minimises a loss of one network on batches with `image`, and predicts with it.
+
+    Args:
+      network: its `init` gives the variables to start from.
+      optimizer: what turns the gradient into a move.
+      loss: `loss(variables, batch, key) -> (scalar, (variables, metrics))`; the returned variables carry
+        updated batch statistics. The scalar becomes the metric "loss".
+    """
+
+    def init(key: chex.PRNGKey, batch: Batch) -> TrainState:
+        variables = network.init(key, batch["image"])
+        return TrainState(variables, optimizer.init(variables["params"]))
+
+    def update(state: TrainState, batch: Batch, key: chex.PRNGKey) -> tuple[TrainState, dict[str, jax.Array]]:
+        def of_variables(variables: Variables) -> tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]:
+            return loss(variables, batch, key)
+
+        variables, opt_state, metrics = gradient_update(of_variables, optimizer, *state)
+        return TrainState(variables, opt_state), metrics
+
+    def predict(state: TrainState, batch: Batch) -> Outputs:
+        return network.apply(state.variables, batch["image"], train=False)[0]
+
+    return Method(init, update, predict)

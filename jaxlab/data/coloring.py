@@ -94,6 +94,7 @@ def colored_digits(
     pool: int = 1,
     seed: int = 0,
     maximum: float = 255.0,
+    keep_gray: bool = False,
 ) -> Dataset:
     """Colours a data set of grey images and at most ten classes; class k is aligned with colour k.
 
@@ -107,9 +108,11 @@ def colored_digits(
       seed: of the noise on the colours; take another for the evaluation set.
       maximum: the grey value of white. Grey values are scaled from it to 255 and rounded before colouring,
         which leaves unpooled images of 0..255 as they are.
+      keep_gray: whether to keep the images as they were before colouring.
 
     Returns:
-      `image` uint8 [N, H / pool, W / pool, 3], `label` int32 [N], `attribute` int32 [N].
+      `image` uint8 [N, H / pool, W / pool, 3], `label` int32 [N], `attribute` int32 [N] and, where they are
+      kept, `gray` uint8 [N, H / pool, W / pool].
 
     Raises:
       UserError: images are not grey, not in 0..`maximum` or not divisible by `pool`; see also
@@ -134,4 +137,5 @@ def colored_digits(
         "image": colorize(gray, attribute, noise, std, MEAN_COLOR),
         "label": label.astype(np.int32),
         "attribute": attribute,
+        **({"gray": gray} if keep_gray else {}),
     }

@@ -1,11 +1,12 @@
 """Data sets as their authors distribute them: IDX files, CIFAR's pickles, folders of images.
 
+Biased data sets, whose examples have an attribute beside their label, are read in `biased`.
+
 Nothing here trusts a file. Sizes in a header are compared with the bytes that are there before anything
 of that size is allocated, a pickle can build nothing but plain values, and every failure is a `UserError`
 that names the file.
 """
 
-import collections
 import gzip
 import io
 import math
@@ -13,7 +14,7 @@ import pickle
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class RawDataset(NamedTuple):
 
     Attributes:
       image_shape: height, width, channels; height and width are None where they differ between images.
-      classes: for each class feature (`label`, perhaps `coarse_label`, `domain`) the names of its values.
+      classes: for each class feature (`label`, perhaps `attribute`, `coarse_label` or `domain`) the names of
+        its values.
       splits: the splits by name.
     """
 
@@ -124,7 +126,7 @@ def idx_folder(source: Path) -> RawDataset:
     if shapes["train"] != shapes["test"]:
         raise UserError(f"{source}: images are {shapes['train']} in train, {shapes['test']} in t10k.")
     num_classes = max(int(labels["label"].max()) for _, labels in arrays.values()) + 1
-    return _from_arrays(arrays, {"label": [str(i) for i in range(num_classes)]})
+    return from_arrays(arrays, {"label": [str(i) for i in range(num_classes)]})
 
 
 def _idx_file(source: Path, stem: str, ndim: int) -> Path:
@@ -134,10 +136,16 @@ def _idx_file(source: Path, stem: str, ndim: int) -> Path:
     raise UserError(f"{source / f'{stem}-idx{ndim}-ubyte[.gz]'}: no such file.")
 
 
-def _from_arrays(
+def from_arrays(
     arrays: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Mapping[str, list[str]]
 ) -> RawDataset:
-    """`arrays` holds for each split the images [N, H, W, C] and the columns of its class features."""
+    """Makes a data set of images and labels in memory, or mapped into it.
+
+    Args:
+      arrays: for each split its images, uint8 [N, H, W, C] of one H, W and C, and for each class feature a
+        column of N numbers. Among the splits is `train`. Ids tell the row: `train_00003`.
+      classes: see `RawDataset`.
+    """
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         images, labels = arrays[split]
@@ -150,7 +158,7 @@ def _from_arrays(
     return RawDataset(arrays["train"][0].shape[1:], classes, splits)
 
 
-# --- CIFAR-10 and CIFAR-100: the "python version" ---
+# --- Pickles, without running them ---
 
 
 class _Inert:
@@ -188,7 +196,7 @@ class _Unpickler(pickle._Unpickler):
             return _Inert
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
             return lambda text, encoding: text.encode("latin1")
-        raise UserError(f"refers to {f'{module}.{name}'!r}, as no CIFAR file does: refused")
+        raise UserError(f"refers to {f'{module}.{name}'!r}, which is no plain value: refused")
 
     def _load_bytearray(self) -> None:  # the inherited one allocates what the length claims
         (length,) = struct.unpack("<Q", self.read(8))
@@ -197,16 +205,29 @@ class _Unpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def unpickle(path: Path) -> Any:
+    """Reads a pickle of plain values without running anything that is in it.
+
+    Strings that Python 2 wrote come as bytes, NumPy arrays as inert records.
+
+    Raises:
+      UserError: the file is missing, damaged, no pickle, or refers to anything but values and arrays.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     try:
-        values = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in values.items()}
+        return _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except UserError as error:
         raise UserError(f"{path}: {error}.") from error
     except Exception as error:  # a damaged pickle can fail anywhere
-        raise UserError(f"{path}: not a CIFAR pickle, or damaged ({error!r}); fetch it again.") from error
+        raise UserError(f"{path}: not a pickle, or damaged ({error!r}); fetch it again.") from error
+
+
+# --- CIFAR-10 and CIFAR-100: the "python version" ---
+
+
+def _by_name(values: Mapping[str | bytes, Any]) -> dict[str, Any]:
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in values.items()}
 
 
 def _uint8_array(value: Any) -> np.ndarray:
@@ -234,8 +255,9 @@ def read_cifar(path: Path, label_keys: Mapping[str, str]) -> tuple[np.ndarray, d
     Raises:
       UserError: the file is missing, damaged, no CIFAR file, or refers to anything but arrays.
     """
-    values = _unpickle(path)
+    content = unpickle(path)
     try:
+        values = _by_name(content)
         flat = _uint8_array(values["data"])
         images = flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # stored as planes of red, green, blue
         labels = {feature: np.asarray(values[key], np.int32) for feature, key in label_keys.items()}
@@ -276,8 +298,9 @@ def cifar_folder(source: Path) -> RawDataset:
             np.concatenate([images for images, _ in batches]),
             {feature: np.concatenate([labels[feature] for _, labels in batches]) for feature in features},
         )
-    class_names = _unpickle(meta)
+    content = unpickle(meta)
     try:
+        class_names = _by_name(content)
         classes = {
             feature: [name.decode() for name in class_names[key]] for feature, (_, key, _) in features.items()
         }
@@ -285,7 +308,7 @@ def cifar_folder(source: Path) -> RawDataset:
             raise ValueError("wrong number of names")
     except Exception as error:  # the values can be anything
         raise UserError(f"{meta}: not CIFAR's class names ({error!r}); fetch it again.") from error
-    return _from_arrays(arrays, classes)
+    return from_arrays(arrays, classes)
 
 
 # --- Folders of images ---
@@ -306,38 +329,64 @@ def image_folder(source: Path, size: int | None = None) -> RawDataset:
       UserError: the folders are not laid out so, or a file's header is broken. A file that is broken
         further on raises when its example is read.
     """
-    files = []  # domain, class, path
-    for folder in _folders(source):
+    paths = {}
+    for folder in folders(source):
         if not re.fullmatch(r"[A-Za-z_]\w*", folder.name, re.ASCII) or folder.name == "all":
             raise UserError(f"{folder}: cannot be the name of a split; use letters, digits and _.")
-        found = [(folder.name, f.name, path) for f in _folders(folder) for path in _image_files(f)]
-        if not found:
+        paths[folder.name] = [path for f in folders(folder) for path in image_files(f)]
+        if not paths[folder.name]:
             raise UserError(f"{folder}: no images; expected {folder}/<class>/*.png or *.jpg.")
-        files += found
-    if not files:
+    if not paths:
         raise UserError(f"{source}: no folders; expected {source}/<domain>/<class>/*.png or *.jpg.")
-    domains, classes = (sorted({names[i] for names in files}) for i in (0, 1))
+    domains = list(paths)
+    classes = sorted({path.parent.name for found in paths.values() for path in found})
 
-    def examples(domain: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, path in ((name, path) for d, name, path in files if d == domain):
-            key = path.relative_to(source).as_posix()
-            labels = {"label": classes.index(name), "domain": domains.index(domain)}
+    def listed(domain: str) -> Iterator[tuple[str, Path, dict[str, int]]]:
+        for path in paths[domain]:
+            labels = {"label": classes.index(path.parent.name), "domain": domains.index(domain)}
+            yield path.relative_to(source).as_posix(), path, labels
+
+    files = {domain: list(listed(domain)) for domain in domains}
+    return from_files(files, {"label": classes, "domain": domains}, size)
+
+
+def from_files(
+    files: Mapping[str, Sequence[tuple[str, Path, Mapping[str, int]]]],
+    classes: Mapping[str, list[str]],
+    size: int | None,
+) -> RawDataset:
+    """Makes a data set of image files, which are opened when their example is read.
+
+    Args:
+      files: for each split its examples: an id, unique in the split; a PNG or JPEG file; a number for each
+        class feature.
+      classes: see `RawDataset`.
+      size: see `image_folder`; where it is None, the headers of all files are read.
+
+    Raises:
+      UserError: a file's header is broken.
+    """
+
+    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, path, labels in files[split]:
             yield key, {"image": _read_image(path, size), **labels, "id": key}
 
     width = height = size
     if size is None:
-        sizes = {_with_image(path, lambda image: image.size) for _, _, path in files}
+        paths = (path for found in files.values() for _, path, _ in found)
+        sizes = {_with_image(path, lambda image: image.size) for path in paths}
         width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    counts = collections.Counter(domain for domain, _, _ in files)
-    splits = {domain: Split(counts[domain], examples(domain)) for domain in domains}
-    return RawDataset((height, width, 3), {"label": classes, "domain": domains}, splits)
+    splits = {split: Split(len(found), examples(split)) for split, found in files.items()}
+    return RawDataset((height, width, 3), classes, splits)
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
+    """The folders in a folder in order of their names, without the hidden ones."""
     return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The PNG and JPEG files in a folder in order of their names, without the hidden ones."""
     return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
@@ -362,10 +411,10 @@ def _with_image(path: Path, read: Callable[[Image.Image], Any]) -> Any:
 
 
 def find_layout(source: Path) -> str:
-    """The layout of the files in `source`: "idx", "cifar" or "folder".
+    """The layout of the files in `source`: "idx", "cifar", "arrays", "biased", "flat" or "folder".
 
     Raises:
-      UserError: there is no such folder, or none of the layouts is in it.
+      UserError: there is no such folder, none of the layouts is in it, or several data sets are.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder.")
@@ -374,9 +423,19 @@ def find_layout(source: Path) -> str:
         return "idx"
     if names & {"data_batch_1", "test_batch"} or ("train" in names and (source / "train").is_file()):
         return "cifar"
-    if _folders(source):
+    if any((source / split / "images.npy").exists() for split in ("train", "valid")):
+        return "arrays"
+    if names & {"align", "conflict"}:
+        return "biased"
+    if image_files(source / "train") and not folders(source / "train"):
+        return "flat"
+    for folder in folders(source):
+        if (folder / "align").is_dir():  # one share of bias-conflicting examples of several
+            raise UserError(f"{source}: not one data set but a folder of them; give one, such as {folder}.")
+    if any(image_files(f) for folder in folders(source) for f in folders(folder)):
         return "folder"
     raise UserError(
-        f"{source}: expected train-images-idx3-ubyte[.gz] (IDX), data_batch_1 or train (CIFAR pickles), or"
-        " <domain>/<class>/*.png|jpg."
+        f"{source}: expected train-images-idx3-ubyte[.gz] (IDX), data_batch_1 or train (CIFAR pickles),"
+        " train/images.npy (arrays), align/ and conflict/ (biased), train/<class>_*.png|jpg (flat) or"
+        " <domain>/<class>/*.png|jpg (folder)."
     )

@@ -80,23 +80,6 @@ def group_accuracy(
     return count(mask=hit if mask is None else hit & mask) / count(mask=mask)
 
 
-def summarize_groups(accuracy: jax.Array) -> dict[str, jax.Array]:
-    """Summarises `group_accuracy`; groups without examples (NaN) are left out, and named.
-
-    Args:
-      accuracy: of each group, any shape.
-
-    Returns:
-      `unbiased_accuracy`, the mean over groups; `worst_group_accuracy`, their minimum (both NaN where
-      every group is empty); and `empty_groups`, a bool of `accuracy`'s shape.
-    """
-    return {
-        "unbiased_accuracy": jnp.nanmean(accuracy),
-        "worst_group_accuracy": jnp.nanmin(accuracy),
-        "empty_groups": jnp.isnan(accuracy),
-    }
-
-
 def classification(
     dataset: Dataset,
     *,
@@ -113,9 +96,10 @@ def classification(
       num_bins: bins of the expected calibration error.
 
     Returns:
-      An evaluator of `accuracy`, `nll` and `ece`; with attributes also of `unbiased_accuracy`,
-      `worst_group_accuracy`, `empty_groups` (how many) and the curve `group_accuracy`, the matrix row
-      by row (NaN in empty groups).
+      An evaluator of `accuracy`, `nll` and `ece`; with attributes also of `unbiased_accuracy` and
+      `worst_group_accuracy`, the mean and the minimum over groups that are not empty, `empty_groups` (how
+      many) and the curve `group_accuracy`, the matrix row by row (NaN in empty groups). The evaluator
+      `groups` tells aligned from conflicting groups too, and draws them.
     """
 
     @jax.jit
@@ -136,9 +120,12 @@ def classification(
                 num_classes=logits.shape[-1],
                 num_attributes=int(dataset["attribute"].max()) + 1,
             )
-            summary = summarize_groups(accuracy)
-            empty_groups = summary["empty_groups"].sum()
-            metrics |= summary | {"empty_groups": empty_groups, "group_accuracy": accuracy.ravel()}
+            metrics |= {
+                "unbiased_accuracy": jnp.nanmean(accuracy),
+                "worst_group_accuracy": jnp.nanmin(accuracy),
+                "empty_groups": jnp.isnan(accuracy).sum(),
+                "group_accuracy": accuracy.ravel(),
+            }
         return metrics
 
     def evaluate(predict: Callable[[State, Batch], Outputs], state: State) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.core import Batch, Outputs, State, UserError
@@ -59,6 +60,41 @@ def collect_outputs(
                 raise UserError(f"network: it has no output '{key}'.{nearest(key, outputs)}")
         collected.append({key: np.asarray(outputs[key])[: size - start] for key in keys})
     return {key: np.concatenate([batch[key] for batch in collected]) for key in keys}
+
+
+def map_rows(
+    function: Callable[[Batch], chex.ArrayTree],
+    dataset: Dataset,
+    *,
+    batch_size: int = 512,
+    transforms: tuple[Transform, ...] = (),
+) -> chex.ArrayTree:
+    """Computes something of every row of a data set within a traced program, a batch at a time.
+
+    It is `collect_outputs` for `init` of a method, where the variables may be those of many seeds.
+
+    Args:
+      function: `function(batch) -> tree` of arrays with the batch axis first.
+      dataset: columns of N rows.
+      batch_size: rows per batch; the last one is filled up by repeating the last row.
+      transforms: applied in turn before `function`, without a key.
+
+    Returns:
+      The tree, with leading axis [N].
+    """
+    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
+    size = len(next(iter(columns.values())))
+    batch_size = min(batch_size, size)
+    rows = jnp.minimum(jnp.arange(-(-size // batch_size) * batch_size), size - 1)
+
+    def of_batch(rows: jax.Array) -> chex.ArrayTree:
+        batch = {name: column[rows] for name, column in columns.items()}
+        for transform in transforms:
+            batch = transform(batch, None)
+        return function(batch)
+
+    mapped = jax.lax.map(of_batch, rows.reshape(-1, batch_size))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], mapped)
 
 
 # At module level, so that a chain of transforms is compiled once and not at every evaluation.

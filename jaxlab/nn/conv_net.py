@@ -17,7 +17,7 @@ from jaxlab.nn.normalization import NormOrder, norm_activation
 class ConvNet(nn.Module):
     """See `conv_net`."""
 
-    num_classes: int
+    num_classes: int | None
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     norm_order: NormOrder
@@ -50,7 +50,7 @@ class ConvNet(nn.Module):
 
 
 def conv_net(
-    num_classes: int,
+    num_classes: int | None,
     *,
     channels: tuple[int, ...] = (16, 32, 64),
     strides: tuple[int, ...] = (1, 2, 2),
@@ -63,7 +63,7 @@ def conv_net(
     Convolutions have no bias and symmetric padding 1; initialised as PyTorch does by default.
 
     Args:
-      num_classes: K, the number of logits.
+      num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       channels: of each convolution.
       strides: of each convolution.
       norm_order: whether batch normalisation stands before or after the activation.

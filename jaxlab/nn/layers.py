@@ -70,12 +70,17 @@ def dense(
 
 def classify(
     features: jax.Array,
-    num_classes: int,
+    num_classes: int | None,
     *,
     kernel_init: Initializer = FAN_IN_UNIFORM,
     bias_init: Initializer | None = None,
 ) -> Outputs:
-    """A network's outputs: the features [B, F] and the logits [B, K] of the layer `head`, in float32."""
+    """A network's outputs: the features [B, F] and the logits [B, K] of the layer `head`, in float32.
+
+    Without `num_classes` there is no head and there are no logits.
+    """
     features = features.astype(jnp.float32)
+    if num_classes is None:
+        return {"features": features}
     logits = dense(features, num_classes, name="head", kernel_init=kernel_init, bias_init=bias_init)
     return {"logits": logits, "features": features}

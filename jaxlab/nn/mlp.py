@@ -17,7 +17,7 @@ from jaxlab.nn.normalization import NormOrder, norm_activation
 class MLP(nn.Module):
     """See `mlp`."""
 
-    num_classes: int
+    num_classes: int | None
     hidden: tuple[int, ...]
     norm: str | None
     norm_order: NormOrder
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
 
 def mlp(
-    num_classes: int,
+    num_classes: int | None,
     *,
     hidden: tuple[int, ...] = (128,),
     norm: Literal["batch_norm"] | None = None,
@@ -68,7 +68,7 @@ def mlp(
     """A multi-layer perceptron on flattened inputs [B, ...], initialised as PyTorch does by default.
 
     Args:
-      num_classes: K, the number of logits.
+      num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       hidden: the width of each hidden layer; none gives a linear classifier.
       norm: the normalisation of each hidden layer, if any.
       norm_order: whether it stands before or after the activation.

@@ -73,7 +73,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """See `resnet`."""
 
-    num_classes: int
+    num_classes: int | None
     layout: Layout
     norm_order: NormOrder
     activation: Callable[[jax.Array], jax.Array]
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
 
 
 def resnet(
-    num_classes: int,
+    num_classes: int | None,
     *,
     depth: Literal[18, 20, 34],
     norm_order: NormOrder = "before",
@@ -126,7 +126,7 @@ def resnet(
     """A CIFAR ResNet on images [B, H, W, C]; convolutions have no bias and symmetric padding.
 
     Args:
-      num_classes: K, the number of logits.
+      num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       depth: see the module's docstring for what each is.
       norm_order: "before": act(norm(conv)) inside a block and act(norm(conv) + shortcut) at its end, as in
         the paper. "after": norm(act(conv)) inside, and norm(act(conv)) + shortcut at its end, so that every

@@ -53,7 +53,7 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """See `wide_resnet`."""
 
-    num_classes: int
+    num_classes: int | None
     blocks: int  # in each of the three groups
     widen_factor: int
     dropout_rate: float
@@ -87,7 +87,7 @@ class WideResNet(nn.Module):
 
 
 def wide_resnet(
-    num_classes: int,
+    num_classes: int | None,
     *,
     depth: int = 40,
     widen_factor: int = 2,
@@ -99,7 +99,7 @@ def wide_resnet(
     """A WRN-`depth`-`widen_factor` on images [B, H, W, C]; convolutions have no bias and symmetric padding.
 
     Args:
-      num_classes: K, the number of logits.
+      num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       depth: 6n + 4, for n blocks in each of the three groups.
       widen_factor: k; the groups have 16k, 32k and 64k channels.
       dropout_rate: the share of units that training drops between the two convolutions of a block.

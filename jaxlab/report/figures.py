@@ -24,14 +24,15 @@ def color(index: int) -> str:
 def panels(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, Figure]]:
     """Yields `(stage, split, metric, figure)` for every metric with a curve to draw.
 
-    Left out are metrics logged only once and those of groups within groups other than their mean, which
-    would be hundreds.
+    Left out are metrics logged only once or never with a value, and those of groups within groups other
+    than their mean, which would be hundreds.
     """
     curves: dict[tuple[str, str, str], dict[int, Curve]] = {}
     for index, run in enumerate(runs):
         for part in run.parts():
             for (split, metric), curve in part.history.items():
-                if len(curve.steps) > 1 and (metric.count("/") < 3 or "/mean/" in metric):
+                shown = metric.count("/") < 3 or "/mean/" in metric
+                if shown and len(curve.steps) > 1 and not np.isnan(curve.values).all():
                     curves.setdefault((part.stage, split, metric), {})[index] = curve
     for (stage, split, metric), lines in curves.items():
         yield stage, split, metric, draw_curves(metric, lines, [run.name for run in runs])

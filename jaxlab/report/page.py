@@ -37,7 +37,7 @@ def write_report(workdirs: Sequence[str | Path], out_dir: str | Path) -> Path:
     (out_dir / "plots").mkdir(parents=True, exist_ok=True)
     parts = [part for run in runs for part in run.parts()]
     evals = {(part.name, part.stage): part.evals for part in parts}
-    main, *details = tables = [comparison(evals), *breakdown(evals)]
+    main, details = comparison(evals), breakdown(evals)
 
     curves: dict[str, list[dict[str, str]]] = {}
     for stage, split, metric, figure in panels(runs):
@@ -66,7 +66,7 @@ def write_report(workdirs: Sequence[str | Path], out_dir: str | Path) -> Path:
         report_command=shlex.join(["python", "-m", "launch.report", *folders, "--out", str(out_dir)]),
     )
     (out_dir / "index.html").write_text(page, encoding="utf-8")
-    (out_dir / "comparison.md").write_text("\n".join(map(to_markdown, tables)), encoding="utf-8")
+    (out_dir / "comparison.md").write_text("\n".join(map(to_markdown, main + details)), encoding="utf-8")
     (out_dir / "metrics.csv").write_text(to_csv(runs), encoding="utf-8")
     return out_dir / "index.html"
 

@@ -25,6 +25,7 @@ from jaxlab.report.runs import Evals, Run, evals_by_stage
 _LOWER = "fpr|fnr|loss|nll|ece|error|mse|rmse|mae|brier|cross_entropy|perplexity|gap|difference|disparity|fid"
 _HIGHER = "accuracy|auroc|auc|aupr|auprc|tpr|tnr|f1|precision|recall|iou|miou|dice|r2|psnr|ssim|concordance"
 _FRACTION = "accuracy|auroc|auc|aupr|auprc|fpr|fnr|tpr|tnr|f1|precision|recall|iou|miou|dice|ece"
+_MOST_COLUMNS = 8  # that fit a page side by side
 
 Part = tuple[str, str]  # the names of a run and of its stage; "" where there is none
 
@@ -104,8 +105,8 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def comparison(evals: Mapping[Part, Evals]) -> Table:
-    """Returns the main table of `{(run, stage): evals}`."""
+def comparison(evals: Mapping[Part, Evals]) -> list[Table]:
+    """Returns the main table of `{(run, stage): evals}`, or one an evaluator where it would be too wide."""
     names = _names(evals)
     evaluators = list(dict.fromkeys(name.split("/")[0] for name in names))
     leaves = {e: {name.split("/")[-1] for name in names if name.split("/")[0] == e} for e in evaluators}
@@ -121,7 +122,12 @@ def comparison(evals: Mapping[Part, Evals]) -> Table:
             places[name] = groups[0], Column(prefix, leaf, leaf)
         elif groups[1:] == ["mean"]:
             places[name] = groups[0], Column(_join(prefix, "mean"), leaf, leaf)
-    return _table("", places, evals)
+    if len({column for _, column in places.values()}) <= _MOST_COLUMNS:
+        return [_table("", places, evals)]
+    by_evaluator: dict[str, dict[str, tuple[str, Column]]] = {}
+    for name, place in places.items():
+        by_evaluator.setdefault(name.split("/")[0], {})[name] = place
+    return [_table("", own, evals) for own in by_evaluator.values()]
 
 
 def breakdown(evals: Mapping[Part, Evals]) -> list[Table]:
@@ -137,19 +143,19 @@ def breakdown(evals: Mapping[Part, Evals]) -> list[Table]:
     return [_table(title, places, evals) for title, places in tables.items()]
 
 
-def summary_table(result: Mapping[str, Any], title: str) -> rich.table.Table:
-    """Returns the comparison of the stages and groups of one result.json, for a terminal."""
-    return _to_rich(comparison(_of_result(result)), title)
-
-
 def print_table(result: Mapping[str, Any], title: str, *, console: Console | None = None) -> None:
-    """Prints `summary_table` and the breakdown of its means, the latter without standard errors."""
+    """Prints the comparison of the stages and groups of one result.json.
+
+    The breakdown of its means follows, without standard errors.
+    """
     if console is None:
         console = Console()
         if not console.is_terminal:  # a file or a pipe has no width of its own
             console.width = 120
-    console.print(summary_table(result, title))
-    for table in breakdown(_of_result(result)):
+    evals = _of_result(result)
+    for i, table in enumerate(comparison(evals)):
+        console.print(_to_rich(table, "" if i else title))
+    for table in breakdown(evals):
         console.print(_to_rich(table, table.title, errors=False))
 
 

@@ -70,6 +70,73 @@ def test_a_broken_image_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "store" / "pets").iterdir())
 
 
+@pytest.fixture(params=["arrays", "biased", "flat"])
+def biased_files(request, tmp_path):
+    """Training images whose red tells the label and whose green tells the attribute, in each layout."""
+    pairs = [(0, 0), (1, 1), (1, 0)]
+    folder = tmp_path / "files" / request.param
+    if request.param == "arrays":
+        for split in ("train", "valid"):
+            (folder / split).mkdir(parents=True)
+            images = np.zeros((3, 8, 6, 3), np.uint8)
+            images[..., :2] = np.array(pairs)[:, None, None]
+            np.save(folder / split / "images.npy", images)
+            np.save(folder / split / "attrs.npy", np.array(pairs, np.uint8))
+        return folder
+    for i, (label, attribute) in enumerate(pairs):
+        image = Image.new("RGB", (6, 8), (label, attribute, 0))
+        if request.param == "biased":
+            part = "align" if label == attribute else "conflict"
+            parts = [f"1pct/{part}/{label}", "1pct/valid", "test"]
+            name = f"{i}_{label}_{attribute}.png"
+        else:
+            parts, name = ["train", "test"], f"{('diving', 'pole vaulting')[label]}_{i}.png"
+        for part in parts:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            image.save(folder / part / name)
+    return folder / "1pct" if request.param == "biased" else folder
+
+
+def test_biased_files_come_back_with_label_and_attribute(tmp_path, biased_files, capsys):
+    data_dir = str(tmp_path / "store")
+    prepare_data.main(["colors", "--source", str(biased_files), "--data_dir", data_dir])
+    layout = biased_files.relative_to(tmp_path / "files").parts[0]
+    splits = {"arrays": ("train", "valid"), "biased": ("train", "valid", "test"), "flat": ("train", "test")}
+    assert ", ".join(f"{split} 3" for split in splits[layout]) in capsys.readouterr().out
+    columns = store.arrays("colors", "train", data_dir)
+    assert columns["image"].shape == (3, 8, 6, 3)
+    np.testing.assert_array_equal(columns["label"], columns["image"][:, 0, 0, 0])
+    assert sorted(columns["label"]) == [0, 1, 1]
+    assert ("attribute" in columns) == (layout != "flat")
+    if layout != "flat":
+        assert columns["attribute"].dtype == np.int32
+        np.testing.assert_array_equal(columns["attribute"], columns["image"][:, 0, 0, 1])
+
+
+def test_biased_image_files_are_resized_and_arrays_are_not(tmp_path, biased_files):
+    data_dir = str(tmp_path / "store")
+    arguments = ["colors", "--source", str(biased_files), "--data_dir", data_dir, "--size", "4"]
+    if biased_files.name == "arrays":
+        with pytest.raises(UserError, match=r"only for image folders \(layout 'arrays'\)"):
+            prepare_data.main(arguments)
+    else:
+        prepare_data.main(arguments)
+        assert store.arrays("colors", "test", data_dir)["image"].shape == (3, 4, 4, 3)
+
+
+def test_help_has_an_example_of_each_biased_layout(capsys):
+    with pytest.raises(SystemExit):
+        prepare_data.main(["--help"])
+    out = capsys.readouterr().out
+    for example in (
+        "train/images.npy",
+        "align/0/1_0_0.png",
+        "train/climbing_0.jpg",
+        "arrays,folder,biased,flat",
+    ):
+        assert example in out
+
+
 def test_digits_need_no_source(tmp_path, capsys):
     assert prepare_data.main(["digits", "--data_dir", str(tmp_path)]) == 0
     assert "train 1200, test 597" in capsys.readouterr().out

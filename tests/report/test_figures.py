@@ -34,11 +34,9 @@ def test_names_stand_in_the_legend_whatever_they_hold():
     assert texts == [" _hidden", r" \$x_", " <b>"]
 
 
-def test_a_panel_a_metric_without_single_points_and_inner_groups(write_run):
-    history = [
-        {"step": step, "split": "eval", "d/accuracy": [1.0], "d/s/mean/auroc": [1.0], "d/s/x/auroc": [1.0]}
-        for step in (1, 2)
-    ]
+def test_a_panel_a_metric_without_single_points_missing_values_and_inner_groups(write_run):
+    metrics = {"d/accuracy": [1.0], "d/aligned": [None], "d/s/mean/auroc": [1.0], "d/s/x/auroc": [1.0]}
+    history = [{"step": step, "split": "eval", **metrics} for step in (1, 2)]
     history += [{"step": 2, "split": "train", "loss": [1.0]}]
     runs = read_runs([write_run("a", history=history), write_run("b", history=history)])
     found = list(panels(runs))

@@ -5,9 +5,10 @@ Nothing here imports jaxlab: the process that is measured holds PyTorch and no J
 The contract: a file is a method, its name with underscores for dots (`supervised.erm`: `supervised_erm.py`).
 It has one function, `make_update(config, network, batch, **keys) -> update`. `config` is the plain config of
 an experiment, `keys` those of its method section, `network` a module from images [B, C, H, W] to logits
-[B, K] that has its initial weights, and `batch` a first batch: {"image": [B, C, H, W], "label": [B]}, with a
-second one under "auxiliary" where the method takes outliers. `update(batch)` makes one training step and
-returns its loss, a scalar tensor. What a config asks for and is not written here raises `NoCounterpart`.
+[B, K] that has its initial weights, and `batch` a first batch: {"image": [B, C, H, W], "label": [B], "index":
+[B]}, with a second one under "auxiliary" where the method takes outliers. `update(batch)` makes one training
+step and returns its loss, a scalar tensor. What a config asks for and is not written here raises
+`NoCounterpart`.
 """
 
 import inspect

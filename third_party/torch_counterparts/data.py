@@ -36,7 +36,7 @@ def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> 
 
     def sample() -> dict[str, Any]:
         index = torch.randint(len(tensors["image"]), (batch_size,), device=device)
-        batch = {name: tensor[index] for name, tensor in tensors.items()}
+        batch = {"index": index, **{name: tensor[index] for name, tensor in tensors.items()}}
         for transform in transforms:
             batch["image"] = transform(batch["image"])
         return batch

@@ -61,6 +61,10 @@ def generalized_cross_entropy(
     raise UserError(f"form: expected 'stop_gradient' or 'textbook', got {form!r}.")
 
 
+BiasedLoss = Literal["generalized_cross_entropy", "cross_entropy"]
+Difficulty = Literal["memory", "batch"]
+
+
 class LossMemory(NamedTuple):
     """Moving average of each training example's loss.
 
@@ -136,10 +140,12 @@ def relative_difficulty(
         most = jnp.maximum(class_max(value, labels_all, num_classes)[labels], max_eps)
         return value.at[index].get(mode="fill", fill_value=0) / jnp.where(most > 0, most, 1)
 
-    biased, debiased = fraction(mem_b.value), fraction(mem_d.value)
+    return _share(fraction(mem_b.value), fraction(mem_d.value), eps)
+
+
+def _share(biased: jax.Array, debiased: jax.Array, eps: float) -> jax.Array:
     # XLA computes (x / most) / y as x / (most * y), which is 0 / 0 where that product underflows.
-    weight = jnp.where(biased > 0, biased / (biased + debiased + eps), 0)
-    return jax.lax.stop_gradient(weight)
+    return jax.lax.stop_gradient(jnp.where(biased > 0, biased / (biased + debiased + eps), 0))
 
 
 def lff_losses(
@@ -190,54 +196,50 @@ class LffState(NamedTuple):
     biased_memory: LossMemory
 
 
-def lff(
+class BiasedBatch(NamedTuple):
+    """What the biased network learns from in place of the batch.
+
+    Attributes:
+      image: [B, ...].
+      label: [B].
+      mask: [B] bool, false for examples it does not learn from.
+    """
+
+    image: jax.Array
+    label: jax.Array
+    mask: jax.Array
+
+
+def learn_from_failure(
     network: Network,
     optimizer: optax.GradientTransformation,
     *,
-    dataset: Mapping[str, np.ndarray],
+    labels_all: np.ndarray,
     num_classes: int,
-    q: float = 0.7,
-    decay: float = 0.7,
-    biased_loss: Literal["generalized_cross_entropy", "cross_entropy"] = "generalized_cross_entropy",
+    decay: float,
+    biased_loss: Callable[[jax.Array, jax.Array], jax.Array],
+    difficulty: Difficulty = "memory",
+    synthesize: Callable[[chex.PRNGKey, Batch], BiasedBatch] | None = None,
 ) -> Method:
-    """Trains a biased and a debiased classifier, Algorithm 1.
-
-    A batch is {"image": [B, ...], "label": [B], "index": [B]}; `index` are the positions of its examples
-    in `dataset`.
+    """Algorithm 1 with any loss of the biased network, and any data that it learns from.
 
     Args:
-      network: of both classifiers, which start from different keys and share nothing.
-      optimizer: of both classifiers, each with a state of its own.
-      dataset: the columns that the batches are drawn from; only `label` is used.
-      num_classes: C.
-      q: of the generalised cross entropy, in (0, 1].
-      decay: weight of the old value in the averages of the losses, in [0, 1).
-      biased_loss: of the biased network. "cross_entropy" is the ablation that does not amplify the bias.
-
-    Metrics: `loss`, the sum of `biased_loss` and `debiased_loss`; `accuracy` of the debiased network and
-    `biased_accuracy` on the training batch; `weight`, the mean relative difficulty.
+      network, optimizer, num_classes, decay, difficulty: see `lff`.
+      labels_all: [N], the labels of the training set.
+      biased_loss: `biased_loss(logits, labels) -> [B]`, the loss of the biased network.
+      synthesize: `synthesize(key, batch)`, what the biased network learns from; the batch itself if None.
+        The losses that it remembers, and with them the relative difficulties, are always those of the
+        batch, in training mode; the batch statistics that it keeps are of what it learns from.
 
     Raises:
-      UserError: `q` or `decay` out of range, a label outside 0..C - 1, or batches without `index`.
+      UserError: `decay` out of range, or batches without `index`.
     """
-    if not 0 < q <= 1:
-        raise UserError(f"q: expected a number in (0, 1], got {q}.")
     if not 0 <= decay < 1:
         raise UserError(f"decay: expected a number in [0, 1), got {decay}.")
-    labels_all = np.asarray(dataset["label"], np.int32)
-    if labels_all.min() < 0 or labels_all.max() >= num_classes:
-        raise UserError(
-            f"num_classes: {num_classes}, but the labels of the data set are"
-            f" {labels_all.min()}..{labels_all.max()}."
-        )
-    loss_of_biased = {
-        "generalized_cross_entropy": functools.partial(generalized_cross_entropy, q=q),
-        "cross_entropy": negative_log_likelihood,
-    }[biased_loss]
 
     def init(key: chex.PRNGKey, batch: Batch) -> LffState:
         if "index" not in batch:
-            raise UserError("lff: the batches have no 'index'; take a stream over a data set.")
+            raise UserError("the batches have no 'index'; take a stream over a data set.")
         debiased_key, biased_key = jax.random.split(key)
 
         def start(key: chex.PRNGKey) -> tuple[Variables, optax.OptState, LossMemory]:
@@ -248,23 +250,33 @@ def lff(
 
     def update(state: LffState, batch: Batch, key: chex.PRNGKey) -> tuple[LffState, dict[str, jax.Array]]:
         labels, index = batch["label"], batch["index"]
-        debiased_key, biased_key = jax.random.split(key)
+        debiased_key, biased_key, synthesis_key = jax.random.split(key, 3)
+        learnt = None if synthesize is None else synthesize(synthesis_key, batch)
 
         def forward(
-            variables: Variables, params: chex.ArrayTree, memory: LossMemory, key: chex.PRNGKey
-        ) -> tuple[jax.Array, Variables, LossMemory]:
-            variables = {**variables, "params": params}
-            outputs, variables = network.apply(variables, batch["image"], train=True, key=key)
-            losses = negative_log_likelihood(outputs["logits"], labels)
-            return outputs["logits"], variables, update_loss_memory(memory, index, losses, decay)
+            variables: Variables, params: chex.ArrayTree, image: jax.Array, key: chex.PRNGKey
+        ) -> tuple[jax.Array, Variables]:
+            outputs, variables = network.apply({**variables, "params": params}, image, train=True, key=key)
+            return outputs["logits"], variables
 
         def loss(params: chex.ArrayTree, biased_params: chex.ArrayTree) -> tuple[jax.Array, tuple]:
-            logits_d, variables, mem_d = forward(state.variables, params, state.memory, debiased_key)
-            logits_b, biased_variables, mem_b = forward(
-                state.biased_variables, biased_params, state.biased_memory, biased_key
+            logits_d, variables = forward(state.variables, params, batch["image"], debiased_key)
+            logits_b, biased_variables = forward(
+                state.biased_variables, biased_params, batch["image"], biased_key
             )
-            weight = relative_difficulty(mem_b, mem_d, index, labels, labels_all, num_classes)
-            loss_b, loss_d, _ = lff_losses(logits_b, logits_d, labels, weight, biased_loss=loss_of_biased)
+            ce_b, ce_d = negative_log_likelihood(logits_b, labels), negative_log_likelihood(logits_d, labels)
+            mem_b = update_loss_memory(state.biased_memory, index, ce_b, decay)
+            mem_d = update_loss_memory(state.memory, index, ce_d, decay)
+            if difficulty == "memory":
+                weight = relative_difficulty(mem_b, mem_d, index, labels, labels_all, num_classes)
+            else:
+                weight = _share(ce_b, ce_d, eps=1e-8)
+            loss_b, loss_d, _ = lff_losses(logits_b, logits_d, labels, weight, biased_loss=biased_loss)
+            if learnt is not None:
+                learnt_logits, biased_variables = forward(
+                    state.biased_variables, biased_params, learnt.image, biased_key
+                )
+                loss_b = masked_mean(biased_loss(learnt_logits, learnt.label), learnt.mask)
             metrics = {
                 "loss": loss_b + loss_d,
                 "biased_loss": loss_b,
@@ -296,3 +308,67 @@ def lff(
         return network.apply(state.variables, batch["image"], train=False)[0]
 
     return Method(init, update, predict)
+
+
+def lff(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    dataset: Mapping[str, np.ndarray],
+    num_classes: int,
+    q: float = 0.7,
+    decay: float = 0.7,
+    biased_loss: BiasedLoss = "generalized_cross_entropy",
+    difficulty: Difficulty = "memory",
+) -> Method:
+    """Trains a biased and a debiased classifier, Algorithm 1.
+
+    A batch is {"image": [B, ...], "label": [B], "index": [B]}; `index` are the positions of its examples
+    in `dataset`.
+
+    Args:
+      network: of both classifiers, which start from different keys and share nothing.
+      optimizer: of both classifiers, each with a state of its own.
+      dataset: the columns that the batches are drawn from; only `label` is used.
+      num_classes: C.
+      q: of the generalised cross entropy, in (0, 1].
+      decay: weight of the old value in the averages of the losses, in [0, 1).
+      biased_loss: of the biased network. "cross_entropy" is the ablation that does not amplify the bias.
+      difficulty: whether W is taken of the averages ("memory"), or of the losses of the batch as they are
+        ("batch"), as the paper has it.
+
+    Metrics: `loss`, the sum of `biased_loss` and `debiased_loss`; `accuracy` of the debiased network and
+    `biased_accuracy` on the training batch; `weight`, the mean relative difficulty.
+
+    Raises:
+      UserError: `q` or `decay` out of range, a label outside 0..C - 1, or batches without `index`.
+    """
+    return learn_from_failure(
+        network,
+        optimizer,
+        labels_all=training_labels(dataset, num_classes),
+        num_classes=num_classes,
+        decay=decay,
+        biased_loss=loss_of_biased(biased_loss, q),
+        difficulty=difficulty,
+    )
+
+
+def training_labels(dataset: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:
+    """The labels of a data set, int32 [N], or `UserError` where one is outside 0..C - 1."""
+    labels = np.asarray(dataset["label"], np.int32)
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(
+            f"num_classes: {num_classes}, but the labels of the data set are {labels.min()}..{labels.max()}."
+        )
+    return labels
+
+
+def loss_of_biased(name: BiasedLoss, q: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The loss `(logits, labels) -> [B]` of a biased network, or `UserError` where `q` is out of (0, 1]."""
+    if not 0 < q <= 1:
+        raise UserError(f"q: expected a number in (0, 1], got {q}.")
+    return {
+        "generalized_cross_entropy": functools.partial(generalized_cross_entropy, q=q),
+        "cross_entropy": negative_log_likelihood,
+    }[name]
