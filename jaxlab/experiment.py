@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxlab import config as configs
 from jaxlab.config import Settings
 from jaxlab.core import Batch, Evaluator, Method, Network, Outputs, State, Stream, UserError
+from jaxlab.core.errors import nearest
 from jaxlab.core.resolve import Plan, execute, plan
 from jaxlab.train import devices
 from jaxlab.train.checkpoints import Checkpoints

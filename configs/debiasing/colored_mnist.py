@@ -30,7 +30,9 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
 
     aligned_ratio = 1 - float(conflicting) / 100
     train = images(
-        "train" if paper else "train[:8000]", aligned_ratio=aligned_ratio, keep_gray=method in AMPLIFIED
+        "train" if paper else "train[:8000]",
+        aligned_ratio=aligned_ratio,
+        keep_gray=method in methods.AMPLIFIED,
     )
     test = images("test" if paper else "test[:2000]", aligned_ratio=aligned_ratio, balanced=True, seed=1)
     # The official code divides by 255 twice. At the `cpu` size nothing is learnt in time from such inputs.
@@ -42,6 +44,7 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
     c.batch_size = 256
     c.data = dict(name="streams.resident", dataset=train, transforms=transforms)
     c.network = dict(name="mlp", num_classes=10, hidden=[100, 100, 100])
+    c.stages = ConfigDict(sort_keys=False)
     stages = methods.stages(
         method,
         network=c.network.to_dict(),
@@ -49,12 +52,11 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
         train=train,
         test=test,
         transforms=transforms,
-        eval_transforms=transforms,
         steps=(100 if paper else 40) * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
         learning_rate=1e-3,
         definition=dict(name="recoloring", std=std, transforms=transforms),
-        identification_epochs=1,
+        identification_epochs=4,  # ours: the first after which 98 % of the training set are right
         upweight=50.0,
         ensemble_steps=500,
         disentangled=dict(
@@ -65,8 +67,5 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
     )
     c.log_every = steps_per_epoch
     c.checkpoint_every = 10 * steps_per_epoch
-    c.stages = ConfigDict(stages, sort_keys=False)
+    c.stages.update(stages)
     return c
-
-
-AMPLIFIED = ("aligned_copy", "bias_only", "two_stage", "oracle_selection", "wrong_definition")

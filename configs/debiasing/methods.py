@@ -11,13 +11,18 @@ METHODS = {
     "lff_batch": "learning from failure, relative difficulty of the batch's losses as they are",
     "disentangled": "disentangled feature augmentation",
     "disentangled_without_swap": "the same without the augmentation",
+    "feature_recombine": "the same, its bias head learning from recombined features",
     "aligned_copy": "bias amplification: copies with the attribute of their class",
     "bias_only": "bias amplification: copies with any class's attribute as its label",
     "two_stage": "the same, the biased network trained first",
     "bias_ensemble": "BiasEnsemble: the biased network learns what an early-stopped ensemble is sure of",
+    "disentangled_bias_ensemble": "BiasEnsemble for the disentangled method",
     "oracle_selection": "the biased network learns the aligned examples, with the attribute labels",
     "wrong_definition": "bias_only, with the attribute of the next class",
 }
+
+# Those whose training set keeps what the bias definition needs.
+AMPLIFIED = ("aligned_copy", "bias_only", "two_stage", "oracle_selection", "wrong_definition")
 
 
 def check(choice, known, what):
@@ -33,7 +38,6 @@ def stages(
     train,
     test,
     transforms,
-    eval_transforms,
     steps,
     steps_per_epoch,
     learning_rate,
@@ -50,7 +54,7 @@ def stages(
       network: section of the classifier.
       encoder: section of the encoder of the disentangled method.
       train, test: sections of the training set and of the balanced evaluation set.
-      transforms, eval_transforms: sections, of training and of evaluation.
+      transforms: sections, those of evaluation.
       steps: of every stage that is not said to be shorter.
       steps_per_epoch: of the training set.
       learning_rate: Adam's.
@@ -63,8 +67,8 @@ def stages(
     check(method, METHODS, "method")
     adam = dict(name="adam", learning_rate=learning_rate)
     batch = dict(dataset=train)
-    frozen = dict(dataset=train, transforms=eval_transforms)  # what a pass over the training set needs
-    groups = dict(test=dict(name="groups", dataset=test, transforms=eval_transforms))
+    frozen = dict(dataset=train, transforms=transforms)  # what a pass over the training set needs
+    groups = dict(test=dict(name="groups", dataset=test, transforms=transforms))
     difficulty = dict(difficulty=dict(name="debiasing.difficulty", dataset=train))
     biased = dict(biased=dict(name="debiasing.difficulty.biased_network", evaluator=groups["test"]))
     pair = {**groups, **biased, **difficulty}
@@ -80,22 +84,22 @@ def stages(
         name = "debiasing.bias_amplification.amplified_lff"
         return stage(dict(name=name, synthesizer=synthesizer, definition=definition, **batch))
 
-    def swapped(weight):
-        schedule = dict(
-            name="jaxlab.methods.debiasing.disentangled:delayed_step_decay",
-            base_lr=disentangled["learning_rate"],
-            start=disentangled["swap_start"],
-            interval=disentangled["decay_interval"],
-            gamma=0.5,
-        )
+    schedule = dict(
+        name="jaxlab.methods.debiasing.disentangled:delayed_step_decay",
+        base_lr=disentangled["learning_rate"],
+        start=disentangled["swap_start"],
+        interval=disentangled["decay_interval"],
+        gamma=0.5,
+    )
+
+    def swapped(name="debiasing.disentangled", **more):
         section = dict(
-            name="debiasing.disentangled",
+            name=name,
             num_classes=10,
             swap_start=disentangled["swap_start"],
             lambda_dis_align=disentangled["weight"],
             lambda_swap_align=disentangled["weight"],
-            lambda_swap=weight,
-            **batch,
+            **{**batch, **more},
         )
         return stage(section, {**groups, **difficulty}, network=encoder) | dict(
             steps=disentangled["steps"], optimizer=dict(name="adam", learning_rate=schedule)
@@ -119,24 +123,28 @@ def stages(
             biased=stage(amplified_erm, groups),
             two_stage=stage(section, init_from=dict(biased_network="biased")),
         )
-    if method == "bias_ensemble":
+    if method in ("bias_ensemble", "disentangled_bias_ensemble"):
+        name = f"debiasing.bias_amplification.{method}"
         ensemble = dict(name="ensemble", size=5, network=network)
-        section = dict(name="debiasing.bias_amplification.bias_ensemble", ensemble_network=ensemble, **frozen)
+        trained = dict(ensemble_network=ensemble, **frozen)
+        last = stage(dict(name=name, **trained)) if method == "bias_ensemble" else swapped(name, **trained)
         biased_ensemble = dict(name="debiasing.bias_amplification.biased_ensemble")
-        return dict(
-            ensemble=stage(biased_ensemble, groups, network=ensemble) | dict(steps=ensemble_steps),
-            bias_ensemble=stage(section, init_from=dict(ensemble_network="ensemble")),
-        )
+        return {
+            "ensemble": stage(biased_ensemble, groups, network=ensemble) | dict(steps=ensemble_steps),
+            method: last | dict(init_from=dict(ensemble_network="ensemble")),
+        }
     wrong = {**definition, "aligned_attr": [(k + 1) % 10 for k in range(10)]}
     return {
         method: {
             "lff": lff,
             "lff_cross_entropy": lambda: lff(biased_loss="cross_entropy"),
             "lff_batch": lambda: lff(difficulty="batch"),
-            "disentangled": lambda: swapped(1.0),
-            "disentangled_without_swap": lambda: swapped(0.0),
+            "disentangled": swapped,
+            "disentangled_without_swap": lambda: swapped(lambda_swap=0.0),
+            "feature_recombine": lambda: swapped(recombine=True),
             "aligned_copy": lambda: amplified("aligned_copy"),
             "bias_only": lambda: amplified("bias_only"),
+            "disentangled_bias_ensemble": "BiasEnsemble for the disentangled method",
             "oracle_selection": lambda: amplified("select_aligned"),
             "wrong_definition": lambda: amplified("bias_only", wrong),
         }[method]()

@@ -10,6 +10,17 @@ import optax
 from jaxlab.core.contracts import Batch, Method, Network, Outputs, Variables
 
 
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    gradient: chex.ArrayTree,
+    variables: Variables,
+    opt_state: optax.OptState,
+) -> tuple[Variables, optax.OptState]:
+    """Moves `variables["params"]` as the optimizer makes it of their gradient."""
+    moves, opt_state = optimizer.update(gradient, opt_state, variables["params"])
+    return {**variables, "params": optax.apply_updates(variables["params"], moves)}, opt_state
+
+
 def gradient_update(
     loss: Callable[[Variables], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]],
     optimizer: optax.GradientTransformation,
@@ -33,9 +44,8 @@ def gradient_update(
         return loss({**variables, "params": params})
 
     (value, (updated, metrics)), gradient = jax.value_and_grad(of_params, has_aux=True)(variables["params"])
-    moves, opt_state = optimizer.update(gradient, opt_state, variables["params"])
-    params = optax.apply_updates(variables["params"], moves)
-    return {**updated, "params": params}, opt_state, {"loss": value, **metrics}
+    updated = {**updated, "params": variables["params"]}
+    return *apply_gradient(optimizer, gradient, updated, opt_state), {"loss": value, **metrics}
 
 
 class TrainState(NamedTuple):

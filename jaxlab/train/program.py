@@ -5,6 +5,7 @@ of the loop, and a resumed run makes the same arithmetic as one that was never s
 """
 
 import collections
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -23,6 +24,12 @@ from jaxlab.train import devices
 # Builds the method: given None as a run uses it, given the variables that an earlier stage handed over to
 # a replica so that `init` starts from them.
 MakeMethod = Callable[[Any], Method]
+
+
+# From so many FLOPs in its largest matrix product on, seeds take turns on a CPU: alone, one fills the cores.
+# Measured with jaxlib 0.10.2 on 2 cores, ms a step and seed of learning from failure, 8 seeds at once or in
+# turn: products of 120 MFLOP 10.0 or 9.0, of 30 MFLOP 3.5 or 3.6, of 2.5 MFLOP 0.90 or 1.08.
+LARGE_PRODUCT = 50_000_000
 
 
 class Replica(NamedTuple):
@@ -164,22 +171,53 @@ def make_program(
         lambda x: x[:block], (keys, handed_over, layout.gather(host_batch(0)))
     )
     all_init = jax.vmap(init_replica, spmd_axis_name=spmd_axis_name)
-    all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0), spmd_axis_name=spmd_axis_name)
     replicas = jax.eval_shape(all_init, keys_block, handed_block, batch_block)
     initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
-    step_example = (replicas, jnp.int32(0), keys_block, batch_block)
-    one_step, step_constants = _hoist_constants(all_step, *step_example)
-    fused = stream.on_device and _loops_well(one_step, step_constants, *step_example)
 
-    def many_steps(constants, replicas, step, num_steps, *rest):
-        if fused:
+    one_replica, one_keys, one_batch = jax.tree.map(
+        lambda x: jax.eval_shape(lambda x: x[0], x), (replicas, keys_block, batch_block)
+    )
+    one_example = (one_replica, jnp.int32(0), one_keys, one_batch)
+    convolves, largest_product = _work(train_step, *one_example)
+    on_cpu = jax.default_backend() == "cpu"
+    # XLA's CPU loops lose the fast convolution kernels. Measured with jaxlib 0.10.2 on 2 cores, a 3×3
+    # convolution of 64×14×14×16 images and its filter gradient: 9.5 ms as one call, 172 ms in `fori_loop`,
+    # 182 ms in `scan`; a 256×256 matrix product with its gradient: 2.2 ms as one call, 0.7 ms in the loop.
+    fused = stream.on_device and not (on_cpu and convolves)
+    # Whether the seeds take turns in place of a `vmap`. One alone does: on a CPU a batch axis of size 1
+    # slows matrix products by a third. So do those that convolve there: `vmap` makes grouped convolutions.
+    seeds_in_one_place = backend == "pmap" or mesh.shape[devices.SEED] == 1
+    in_turn = seeds_in_one_place and (
+        block == 1 or (on_cpu and (convolves or largest_product > LARGE_PRODUCT))
+    )
+    if in_turn:
+        one_step, step_constants = _hoist_constants(train_step, *one_example)
+    else:
+        all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0), spmd_axis_name=spmd_axis_name)
+        step_example = (replicas, jnp.int32(0), keys_block, batch_block)
+        one_step, step_constants = _hoist_constants(all_step, *step_example)
 
-            def body(i, replicas):
-                return one_step(constants, replicas, i, *rest)
+    def some_steps(constants, replica, step, num_steps, keys, batch):
+        if not fused:
+            return one_step(constants, replica, step, keys, batch)
+        return jax.lax.fori_loop(
+            step,
+            step + num_steps,
+            lambda i, replica: one_step(constants, replica, i, keys, batch),
+            replica,
+        )
 
-            replicas = jax.lax.fori_loop(step, step + num_steps, body, replicas)
+    def many_steps(constants, replicas, step, num_steps, keys, batch):
+        def one_seed(replica, keys, batch):
+            return some_steps(constants, replica, step, num_steps, keys, batch)
+
+        if not in_turn:
+            replicas = one_seed(replicas, keys, batch)
+        elif fused and block > 1:
+            replicas = jax.lax.map(lambda seed: one_seed(*seed), (replicas, keys, batch))
         else:
-            replicas = one_step(constants, replicas, step, *rest)
+            each = [jax.tree.map(lambda x, i=i: x[i], (replicas, keys, batch)) for i in range(block)]
+            replicas = jax.tree.map(lambda *x: jnp.stack(x), *(one_seed(*seed) for seed in each))
         # A buffer of its own, for the host to wait on: the replicas' own are donated to the next call.
         return replicas, jnp.full((block,), step + num_steps)
 
@@ -273,27 +311,27 @@ def _hoist_constants(function: Callable, *example: Any) -> tuple[Callable, list[
     return hoisted, closed.consts
 
 
-def _loops_well(one_step: Callable, *example: Any) -> bool:
-    """Whether steps may be fused in a loop: not where a convolution would run in it on a CPU.
+def _work(function: Callable, *example: Any) -> tuple[bool, int]:
+    """Whether `function` convolves, and the FLOPs of its largest matrix product."""
+    convolves, largest = False, 0
+    for equation in _equations(jax.make_jaxpr(function)(*example).jaxpr):
+        if equation.primitive.name == "conv_general_dilated":
+            convolves = True
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            largest = max(largest, 2 * depth * math.prod(equation.outvars[0].aval.shape))
+    return convolves, largest
 
-    XLA's CPU loops lose the fast convolution kernels. Measured with jaxlib 0.10.2 on 2 cores, a 3×3
-    convolution of 64×14×14×16 images and its filter gradient: 9.5 ms as one call, 172 ms in `fori_loop`,
-    182 ms in `scan`; a 256×256 matrix product with its gradient: 2.2 ms as one call, 0.7 ms in the loop.
-    """
-    if jax.default_backend() != "cpu":
-        return True
-    return "conv_general_dilated" not in _primitives(jax.make_jaxpr(one_step)(*example).jaxpr)
 
-
-def _primitives(jaxpr: Any) -> set[str]:
-    found = set()
+def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
+        yield equation
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                found |= _primitives(inner)
-    return found
+                yield from _equations(inner)
 
 
 def _read_ahead(read: Callable[[int], Any], steps: range, depth: int = 4) -> Iterator[Any]:

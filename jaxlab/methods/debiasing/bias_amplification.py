@@ -10,7 +10,7 @@ the debiased network learns from the training set, by relative difficulty, as in
 - an ensemble of early-stopped biased networks, which tells the examples that look biased: the others are
   left out. Jungsoo Lee, Jeonghoon Park, Daeyoung Kim, Juyoung Lee, Edward Choi, Jaegul Choo. *Revisiting the
   Importance of Amplifying Bias for Debiasing*. AAAI 2023. Official code: kakaoenterprise/BiasEnsemble.
-- recombined features, see `jaxlab.methods.debiasing.disentangled`.
+- recombined features: `disentangled` with `recombine`.
 
 With `p=0` and the generalised cross entropy, `amplified_lff` is `lff` to the bit.
 """
@@ -29,6 +29,7 @@ from jaxlab.core.updates import gradient_update, minimize
 from jaxlab.data import transforms as data_transforms
 from jaxlab.data.coloring import MEAN_COLOR, colorize
 from jaxlab.data.transforms import Transform
+from jaxlab.methods.debiasing.disentangled import DisentangledState, disentangled, disentangled_update
 from jaxlab.methods.debiasing.lff import (
     BiasedBatch,
     BiasedLoss,
@@ -449,7 +450,6 @@ def bias_ensemble(
 
     Metrics: those of `lff`, and `selected`, the share of the training batch.
     """
-
     inner = learn_from_failure(
         network,
         optimizer,
@@ -462,15 +462,14 @@ def bias_ensemble(
 
     def init(key: chex.PRNGKey, batch: Batch) -> SelectionState:
         inner_key, ensemble_key = jax.random.split(key)
-        variables = ensemble_network.init(ensemble_key, batch["image"])
-
-        def true_class_prob(batch: Batch) -> jax.Array:
-            outputs, _ = ensemble_network.apply(variables, batch["image"], train=False)
-            losses = jax.vmap(negative_log_likelihood, (1, None), 1)
-            return jnp.exp(-losses(outputs["member_logits"], batch["label"]))
-
-        probabilities = map_rows(true_class_prob, dataset, batch_size=batch_size, transforms=transforms)
-        selected = select_by_agreement(probabilities.T, threshold, agreement)
+        probabilities = _true_class_prob(
+            ensemble_network,
+            ensemble_network.init(ensemble_key, batch["image"]),
+            dataset,
+            batch_size,
+            transforms,
+        )
+        selected = select_by_agreement(probabilities, threshold, agreement)
         return SelectionState(*inner.init(inner_key, batch), selected)
 
     def update(
@@ -481,3 +480,95 @@ def bias_ensemble(
         return SelectionState(*updated, state.selected), {**metrics, "selected": jnp.mean(selected)}
 
     return Method(init, update, inner.predict)
+
+
+class DisentangledSelectionState(NamedTuple):
+    """`DisentangledState` and which training examples the bias branch learns from, [N] bool."""
+
+    variables: dict[str, Variables]
+    opt_state: optax.OptState
+    memory: LossMemory
+    biased_opt_state: optax.OptState
+    biased_memory: LossMemory
+    step: jax.Array
+    selected: jax.Array
+
+
+def disentangled_bias_ensemble(
+    network: Network,
+    ensemble_network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    dataset: Mapping[str, np.ndarray],
+    num_classes: int,
+    swap_start: int,
+    lambda_dis_align: float,
+    lambda_swap_align: float,
+    lambda_swap: float = 1.0,
+    threshold: float = 0.99,
+    agreement: int = 3,
+    decay: float = 0.7,
+    batch_size: int = 512,
+    transforms: tuple[Transform, ...] = (),
+) -> Method:
+    """Disentangled feature augmentation whose bias branch learns, by cross entropy, from what looks biased.
+
+    Args:
+      network, optimizer, swap_start, lambda_dis_align, lambda_swap_align, lambda_swap: see `disentangled`.
+      ensemble_network, dataset, num_classes, threshold, agreement, decay, batch_size, transforms: see
+        `bias_ensemble`.
+
+    Metrics: those of `disentangled`, and `selected`, the share of the training batch.
+    """
+    shared = dict(
+        num_classes=num_classes,
+        decay=decay,
+        swap_start=swap_start,
+        lambda_dis_align=lambda_dis_align,
+        lambda_swap_align=lambda_swap_align,
+        lambda_swap=lambda_swap,
+    )
+    inner = disentangled(network, optimizer, dataset=dataset, **shared)
+    labels_all = training_labels(dataset, num_classes)
+    inner_update = disentangled_update(
+        network, optimizer, labels_all=labels_all, biased_loss=negative_log_likelihood, **shared
+    )
+
+    def init(key: chex.PRNGKey, batch: Batch) -> DisentangledSelectionState:
+        inner_key, ensemble_key = jax.random.split(key)
+        probabilities = _true_class_prob(
+            ensemble_network,
+            ensemble_network.init(ensemble_key, batch["image"]),
+            dataset,
+            batch_size,
+            transforms,
+        )
+        selected = select_by_agreement(probabilities, threshold, agreement)
+        return DisentangledSelectionState(*inner.init(inner_key, batch), selected)
+
+    def update(
+        state: DisentangledSelectionState, batch: Batch, key: chex.PRNGKey
+    ) -> tuple[DisentangledSelectionState, dict[str, jax.Array]]:
+        selected = state.selected[batch["index"]]
+        updated, metrics = inner_update(DisentangledState(*state[:-1]), batch, key, selected)
+        metrics = {**metrics, "selected": jnp.mean(selected)}
+        return DisentangledSelectionState(*updated, state.selected), metrics
+
+    return Method(init, update, inner.predict)
+
+
+def _true_class_prob(
+    ensemble_network: Network,
+    variables: Variables,
+    dataset: Mapping[str, np.ndarray],
+    batch_size: int,
+    transforms: tuple[Transform, ...],
+) -> jax.Array:
+    """The probability that each of M members gives each of N examples' class, [M, N]."""
+
+    def of_batch(batch: Batch) -> jax.Array:
+        outputs, _ = ensemble_network.apply(variables, batch["image"], train=False)
+        losses = jax.vmap(negative_log_likelihood, (1, None), 1)
+        return jnp.exp(-losses(outputs["member_logits"], batch["label"]))
+
+    return map_rows(of_batch, dataset, batch_size=batch_size, transforms=transforms).T

@@ -31,11 +31,14 @@ import numpy as np
 import optax
 
 from jaxlab.core import Batch, Method, Network, Outputs, UserError, Variables
+from jaxlab.core.updates import apply_gradient
 from jaxlab.methods.debiasing.lff import (
     LossMemory,
     generalized_cross_entropy,
     init_loss_memory,
+    loss_of_biased,
     relative_difficulty,
+    training_labels,
     update_loss_memory,
 )
 from jaxlab.metrics.classification import correct, negative_log_likelihood
@@ -283,18 +286,14 @@ def disentangled_update(
             }
             return value, ((variables, memory), (biased_variables, biased_memory), metrics)
 
-        def step(
-            variables: Variables, gradient: chex.ArrayTree, opt_state: optax.OptState
-        ) -> tuple[Variables, optax.OptState]:
-            moves, opt_state = optimizer.update(gradient, opt_state, variables["params"])
-            return {**variables, "params": optax.apply_updates(variables["params"], moves)}, opt_state
-
         gradients, (intrinsic, bias, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             state.variables["intrinsic"]["params"], state.variables["bias"]["params"]
         )
         (variables, memory), (biased_variables, biased_memory) = intrinsic, bias
-        variables, opt_state = step(variables, gradients[0], state.opt_state)
-        biased_variables, biased_opt_state = step(biased_variables, gradients[1], state.biased_opt_state)
+        variables, opt_state = apply_gradient(optimizer, gradients[0], variables, state.opt_state)
+        biased_variables, biased_opt_state = apply_gradient(
+            optimizer, gradients[1], biased_variables, state.biased_opt_state
+        )
         return DisentangledState(
             {"intrinsic": variables, "bias": biased_variables},
             opt_state,
@@ -319,6 +318,7 @@ def disentangled(
     lambda_dis_align: float,
     lambda_swap_align: float,
     lambda_swap: float = 1.0,
+    recombine: bool = False,
     head: Literal["intrinsic", "bias"] = "intrinsic",
 ) -> Method:
     """Trains an intrinsic and a bias encoder, each with a linear head on the features of both.
@@ -339,6 +339,8 @@ def disentangled(
       lambda_dis_align: factor of the bias head's loss.
       lambda_swap_align: factor of the bias head's loss on swapped features, beside `lambda_swap`.
       lambda_swap: factor of both heads' losses on swapped features.
+      recombine: whether the bias head learns, by cross entropy, from its own features beside another
+        example's intrinsic ones (`recombined_loss`) in place of that loss on an example's own two.
       head: which one predicts.
 
     Metrics: `loss`; the means of what it is made of, `dis_conflict`, `dis_align`, `swap_conflict` and
@@ -348,16 +350,9 @@ def disentangled(
     Raises:
       UserError: `q` or `decay` out of range, a label outside 0..C - 1, or batches without `index`.
     """
-    if not 0 < q <= 1:
-        raise UserError(f"q: expected a number in (0, 1], got {q}.")
     if not 0 <= decay < 1:
         raise UserError(f"decay: expected a number in [0, 1), got {decay}.")
-    labels_all = np.asarray(dataset["label"], np.int32)
-    if labels_all.min() < 0 or labels_all.max() >= num_classes:
-        raise UserError(
-            f"num_classes: {num_classes}, but the labels of the data set are"
-            f" {labels_all.min()}..{labels_all.max()}."
-        )
+    labels_all = training_labels(dataset, num_classes)
 
     def init(key: chex.PRNGKey, batch: Batch) -> DisentangledState:
         if "index" not in batch:
@@ -393,7 +388,8 @@ def disentangled(
         lambda_dis_align=lambda_dis_align,
         lambda_swap_align=lambda_swap_align,
         lambda_swap=lambda_swap,
-        biased_loss=functools.partial(generalized_cross_entropy, q=q),
+        biased_loss=loss_of_biased("generalized_cross_entropy", q),
+        recombine=recombine,
     )
 
     def predict(state: DisentangledState, batch: Batch) -> Outputs:

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from jaxlab.core import Batch, Method, Network, Outputs, UserError, Variables
+from jaxlab.core.updates import apply_gradient
 from jaxlab.metrics.classification import correct, negative_log_likelihood
 from jaxlab.metrics.reductions import masked_mean
 
@@ -287,20 +288,14 @@ def learn_from_failure(
             }
             return metrics["loss"], ((variables, mem_d), (biased_variables, mem_b), metrics)
 
-        def step(
-            variables: Variables, gradient: chex.ArrayTree, opt_state: optax.OptState
-        ) -> tuple[Variables, optax.OptState]:
-            moves, opt_state = optimizer.update(gradient, opt_state, variables["params"])
-            return {**variables, "params": optax.apply_updates(variables["params"], moves)}, opt_state
-
         gradients, (debiased, biased, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             state.variables["params"], state.biased_variables["params"]
         )
         (variables, mem_d), (biased_variables, mem_b) = debiased, biased
         return LffState(
-            *step(variables, gradients[0], state.opt_state),
+            *apply_gradient(optimizer, gradients[0], variables, state.opt_state),
             mem_d,
-            *step(biased_variables, gradients[1], state.biased_opt_state),
+            *apply_gradient(optimizer, gradients[1], biased_variables, state.biased_opt_state),
             mem_b,
         ), metrics
 

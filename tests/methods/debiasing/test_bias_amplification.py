@@ -19,6 +19,7 @@ from jaxlab.methods.debiasing.bias_amplification import (
     bias_ensemble,
     bias_only,
     biased_ensemble,
+    disentangled_bias_ensemble,
     estimate_aligned_attr,
     none,
     recoloring,
@@ -27,6 +28,7 @@ from jaxlab.methods.debiasing.bias_amplification import (
     two_stage_lff,
     variant_lookup,
 )
+from jaxlab.methods.debiasing.disentangled import DisentangledState, disentangled_update
 from jaxlab.methods.debiasing.lff import lff
 from jaxlab.nn.ensemble import ensemble
 from jaxlab.nn.mlp import mlp
@@ -302,6 +304,43 @@ def test_what_the_ensemble_is_sure_of_is_all_the_biased_network_learns_from():
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
     chex.assert_trees_all_close(after.biased_variables["params"], expected, atol=1e-6)
     np.testing.assert_allclose(metrics["selected"], selected.mean())
+
+
+def test_the_bias_branch_of_the_disentangled_method_learns_from_what_the_ensemble_is_sure_of():
+    encoder, network = mlp(num_classes=None, hidden=(4,)), ensemble(NETWORK, size=5)
+    variables = network.init(jax.random.key(2), DATASET["image"])
+    weights = dict(num_classes=CLASSES, swap_start=1, lambda_dis_align=2.0, lambda_swap_align=3.0)
+    method = disentangled_bias_ensemble(
+        encoder,
+        _handed_over(network, variables),
+        optax.adam(0.01),
+        dataset=DATASET,
+        threshold=0.4,
+        agreement=2,
+        **weights,
+    )
+    state = jax.jit(method.init)(jax.random.key(0), BATCHES[0])
+    update = jax.jit(method.update)
+    reference = DisentangledState(*state[:-1])
+    reference_update = disentangled_update(
+        encoder,
+        optax.adam(0.01),
+        labels_all=DATASET["label"],
+        decay=0.7,
+        lambda_swap=1.0,
+        biased_loss=optax.softmax_cross_entropy_with_integer_labels,
+        **weights,
+    )
+    logits = network.apply(variables, DATASET["image"], train=False)[0]["member_logits"]
+    probability = jax.nn.softmax(logits)[np.arange(24), :, DATASET["label"]]
+    expected = np.asarray((probability > 0.4).sum(1) >= 2)
+    np.testing.assert_array_equal(state.selected, expected)
+    for batch in BATCHES:
+        state, metrics = update(state, batch, jax.random.key(1))
+        selected = expected[batch["index"]]
+        reference, _ = reference_update(reference, batch, jax.random.key(1), selected)
+        np.testing.assert_allclose(metrics["selected"], selected.mean())
+    chex.assert_trees_all_close(DisentangledState(*state[:-1]), reference, atol=1e-5)
 
 
 def test_an_empty_selection_moves_nothing_and_is_finite():
