@@ -36,6 +36,8 @@ lock: $(call installed,$(EXTRAS))
 	.venv/bin/pip install -q uv
 	echo "torch==2.13.0" | .venv/bin/uv pip compile pyproject.toml --extra test --extra torch --universal \
 	  --python-version 3.11 --no-annotate --no-header -c - -q -o requirements.lock
+	{ echo "# What CI installs; \`make lock\` writes it anew."; cat requirements.lock; } > .lock
+	mv .lock requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info

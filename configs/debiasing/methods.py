@@ -70,7 +70,8 @@ def stages(
     frozen = dict(dataset=train, transforms=transforms)  # what a pass over the training set needs
     groups = dict(test=dict(name="groups", dataset=test, transforms=transforms))
     difficulty = dict(difficulty=dict(name="debiasing.difficulty", dataset=train))
-    biased = dict(biased=dict(name="debiasing.difficulty.biased_network", evaluator=groups["test"]))
+    measured = {**groups["test"], "images": 0}
+    biased = dict(biased=dict(name="debiasing.difficulty.biased_network", evaluator=measured))
     pair = {**groups, **biased, **difficulty}
 
     def stage(section, evaluators=pair, **more):

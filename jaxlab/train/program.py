@@ -197,27 +197,20 @@ def make_program(
         step_example = (replicas, jnp.int32(0), keys_block, batch_block)
         one_step, step_constants = _hoist_constants(all_step, *step_example)
 
-    def some_steps(constants, replica, step, num_steps, keys, batch):
-        if not fused:
-            return one_step(constants, replica, step, keys, batch)
-        return jax.lax.fori_loop(
-            step,
-            step + num_steps,
-            lambda i, replica: one_step(constants, replica, i, keys, batch),
-            replica,
-        )
-
     def many_steps(constants, replicas, step, num_steps, keys, batch):
-        def one_seed(replica, keys, batch):
-            return some_steps(constants, replica, step, num_steps, keys, batch)
+        def steps_of(replica, keys, batch):
+            def body(i, replica):
+                return one_step(constants, replica, i, keys, batch)
+
+            return jax.lax.fori_loop(step, step + num_steps, body, replica) if fused else body(step, replica)
 
         if not in_turn:
-            replicas = one_seed(replicas, keys, batch)
+            replicas = steps_of(replicas, keys, batch)
         elif fused and block > 1:
-            replicas = jax.lax.map(lambda seed: one_seed(*seed), (replicas, keys, batch))
+            replicas = jax.lax.map(lambda seed: steps_of(*seed), (replicas, keys, batch))
         else:
             each = [jax.tree.map(lambda x, i=i: x[i], (replicas, keys, batch)) for i in range(block)]
-            replicas = jax.tree.map(lambda *x: jnp.stack(x), *(one_seed(*seed) for seed in each))
+            replicas = jax.tree.map(lambda *x: jnp.stack(x), *[steps_of(*seed) for seed in each])
         # A buffer of its own, for the host to wait on: the replicas' own are donated to the next call.
         return replicas, jnp.full((block,), step + num_steps)
 
