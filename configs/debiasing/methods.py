@@ -145,7 +145,6 @@ def stages(
             "feature_recombine": lambda: swapped(recombine=True),
             "aligned_copy": lambda: amplified("aligned_copy"),
             "bias_only": lambda: amplified("bias_only"),
-            "disentangled_bias_ensemble": "BiasEnsemble for the disentangled method",
             "oracle_selection": lambda: amplified("select_aligned"),
             "wrong_definition": lambda: amplified("bias_only", wrong),
         }[method]()
