@@ -210,3 +210,88 @@ def test_a_function_that_refuses_its_arguments_is_named_with_its_place(tmp_path)
 def test_brackets_in_a_title_are_no_markup(capsys):
     ProgressLine("network.hidden=[wide],[/wide] :smile:", 0, 10).log(5, {"loss": [1.0]})
     assert capsys.readouterr().out.startswith("network.hidden=[wide],[/wide] :smile:  step 5/10  loss 1  ")
+
+
+NETWORKS = runs.CONFIG.replace(
+    "    return c",
+    """    c.data = dict(name="streams.resident", dataset=dict(name="store.arrays", dataset="digits", split="train"))
+    c.network = dict(name="mlp", num_classes=10, hidden=[8])
+    c.evaluators = {}
+    jtt = dict(name="debiasing.jtt", identification_network=c.network.to_dict(), upweight=5.0)
+    jtt["dataset"] = c.data.dataset.to_dict()
+    c.stages = ConfigDict(sort_keys=False)
+    c.stages.jtt = dict(method=jtt, init_from=dict(identification_network="first"))
+    c.stages.other = dict(steps=10)
+    c.stages.first = dict(steps=20)
+    return c""",
+)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "sources"),
+    [
+        ({"identification_network": "first"}, {"identification_network": "first"}),
+        ("first", {"network": "first"}),
+        (
+            {"identification_network": "first", "network": "first"},
+            {"identification_network": "first", "network": "first"},
+        ),
+        (
+            {"identification_network": "first", "network": "other"},
+            {"identification_network": "first", "network": "other"},
+        ),
+        ({}, {}),
+    ],
+)
+def test_a_stage_runs_behind_all_that_its_networks_start_from(tmp_path, init_from, sources):
+    config = load(tmp_path, NETWORKS, **{"stages.jtt.init_from": str(init_from)})
+    assert configs.settings_of(configs.stage_configs(config)["jtt"], "jtt").sources == sources
+    expected = [*dict.fromkeys(sources.values()), "jtt"]
+    assert list(config["stages"]) == expected + [s for s in ("other", "first") if s not in expected]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"stages.jtt.init_from.identification_network": "frist"},
+            r"config.stages.jtt.init_from: no stage 'frist'. Did you mean 'first'\? Stages: jtt, other, first\.$",
+        ),
+        (
+            {"stages.jtt.init_from.identification_network": "jtt"},
+            r"config.stages.jtt.init_from: stages start from each other in a circle",
+        ),
+        (
+            {"stages.first.init_from": "{'network': 'jtt'}"},
+            r"config.stages.jtt.init_from: stages start from each other in a circle",
+        ),
+        (
+            {"stages.jtt.init_from": "{'identification_netwrk': 'first'}"},
+            r"config.stages.jtt.init_from: method 'debiasing.jtt' has no network 'identification_netwrk' to"
+            r" start from. Did you mean 'identification_network'\? It has: .*identification_network",
+        ),
+        (
+            {"stages.jtt.init_from": "{'dataset': 'first'}"},
+            r"config.stages.jtt.init_from: method 'debiasing.jtt' has no network 'dataset'",
+        ),
+        (
+            {"stages.other.init_from": "{'identification_network': 'first'}"},
+            r"config.stages.other.init_from: method 'supervised.erm' has no network 'identification_network' to"
+            r" start from. It has: network\.$",
+        ),
+        *(
+            ({"stages.jtt.init_from.identification_network": value}, message)
+            for value, message in (
+                ("3", r"config.stages.jtt.init_from: expected the name of a stage, got 3\.$"),
+                ("none", r"config.stages.jtt.init_from: expected the name of a stage, got None\.$"),
+                (
+                    "['first']",
+                    r"config.stages.jtt.init_from: expected the name of a stage, got \['first'\]\.$",
+                ),
+                ("''", r"config.stages.jtt.init_from: expected the name of a stage, got ''\.$"),
+            )
+        ),
+    ],
+)
+def test_a_network_that_cannot_start_from_a_stage_is_named(tmp_path, overrides, message):
+    assert_refused(tmp_path, message, NETWORKS, **overrides)

@@ -1,22 +1,129 @@
 """Every config, at every size, builds: names resolve and all shapes fit. Nothing is trained."""
 
+import functools
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from configs.debiasing.methods import METHODS
 from jaxlab import config as configs
 from jaxlab import experiment
+from jaxlab.core import UserError
+from jaxlab.data import corruptions, raw, store
+from jaxlab.train.program import check_fit
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*/*.py"))
+CONFIGS = sorted(
+    path for path in Path(__file__).parents[1].glob("configs/*/*.py") if "def get_config(" in path.read_text()
+)
+DEBIASING = Path(__file__).parents[1] / "configs" / "debiasing"
+ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Data sets under the names of those that must be fetched, black and just as long as the configs' slices."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, shape, sizes in (
+        ("mnist", (28, 28, 1), {"train": 8000, "test": 2000}),
+        ("fashion_mnist", (28, 28, 1), {"train": 8000, "test": 2000}),
+        ("cifar10", (32, 32, 3), {"train": 2000, "test": 1000}),
+    ):
+        arrays = {
+            split: (np.broadcast_to(np.uint8(0), (size, *shape)), {"label": np.arange(size) % 10})
+            for split, size in sizes.items()
+        }
+        made = raw.from_arrays(arrays, {"label": [str(i) for i in range(10)]})
+        store.generate(store.raw_builder(name, made, str(folder)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    fast = dict.fromkeys(corruptions.CORRUPTIONS, corruptions.original)
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", fast)
 
 
 @pytest.mark.parametrize("size", ["cpu", "paper"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_a_config_builds(path, size, tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    config = experiment.load_config(f"{path}:{size}", {"seeds": "1", "devices.data": "1"})
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.parent != DEBIASING], ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_a_config_builds(path, size):
+    config = experiment.load_config(f"{path}:{size}", ONE_DEVICE)
     for stage, stage_config in (configs.stage_configs(config) or {"": config}).items():
         parts = experiment.build_parts(stage_config, stage)
         shapes = experiment.build_program(parts, experiment.build_mesh(parts.settings)).abstract()
         assert shapes.state.variables["params"]
         assert set(shapes.metric_sums) >= {"loss"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_debiasing_builds_and_has_what_its_evaluators_need(method):
+    config = experiment.load_config(f"{DEBIASING}/colored_digits.py:cpu,{method}", ONE_DEVICE)
+    assert list(config["stages"])[-1] == method
+    experiment.check_stages(config)
+
+    def zeros(tree):
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+    for stage, stage_config in configs.stage_configs(config).items():
+        parts = experiment.build_parts(stage_config, stage)
+        predict = functools.partial(jax.eval_shape, parts.make_method(None).predict)
+        state, metrics = check_fit(parts.make_method, parts.stream)
+        assert set(metrics) >= {"loss", "accuracy"}
+        assert parts.evaluators
+
+        for evaluator in parts.evaluators.values():
+            assert evaluator.evaluate(lambda *a, predict=predict: zeros(predict(*a)), zeros(state))
+
+
+# A method for each kind of network, state and column of the data set.
+@pytest.mark.parametrize(
+    "file_and_arguments",
+    [
+        "colored_digits.py:paper",
+        "colored_mnist.py",
+        "colored_mnist.py:cpu,jtt",
+        "colored_mnist.py:cpu,bias_only,0.5,fashion_mnist",
+        "colored_mnist.py:paper,disentangled_bias_ensemble",
+        "corrupted_cifar10.py",
+        "corrupted_cifar10.py:paper",
+        "corrupted_cifar10.py:cpu,bias_only,2,type1",
+        "corrupted_cifar10.py:paper,disentangled,5,disentangled",
+    ],
+)
+def test_a_config_of_debiasing_builds(file_and_arguments):
+    experiment.check_stages(experiment.load_config(f"{DEBIASING}/{file_and_arguments}", ONE_DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("own", "compared"),
+    [
+        ("colored_digits.py:cpu,{},2", "cpu,2,digits"),
+        ("colored_mnist.py:paper,{},0.5,fashion_mnist", "paper,0.5,fashion_mnist"),
+    ],
+)
+def test_the_comparison_trains_what_the_config_of_each_method_trains(own, compared):
+    stages = {}
+    for method in METHODS:
+        one = experiment.load_config(f"{DEBIASING}/{own.format(method)}")
+        for name, stage in configs.stage_configs(one).items():
+            assert stages.setdefault(name, stage) == stage  # two methods may share one
+    compared = configs.stage_configs(experiment.load_config(f"{DEBIASING}/compare.py:{compared}"))
+    assert list(compared) == list(stages)
+    assert compared == stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("small", "no size 'small'; it may be cpu, paper"),
+        ("cpu,lf", "no method 'lf'; it may be erm, "),
+        ("cpu,lff,1,kmnist", "no data set 'kmnist'; it may be mnist, fashion_mnist"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_what_it_may_be(arguments, message):
+    with pytest.raises(UserError, match=message):
+        experiment.load_config(f"{DEBIASING}/colored_mnist.py:{arguments}")

@@ -1,12 +1,14 @@
 """Runs of the toy problem through the command line."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 
+from jaxlab.train import writers
 from launch import train
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,18 @@ def start(config, workdir, *overrides, env=None):
 def run(config, workdir, *overrides):
     """In this process; returns the exit status."""
     return train.main(command(config, workdir, *overrides)[3:])
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process SIGTERM when the training line of `step` is written."""
+    write = writers.MetricWriter.write
+
+    def write_and_stop(self, at, split, *arguments, **more):
+        write(self, at, split, *arguments, **more)
+        if (at, split) == (step, "train"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writers.MetricWriter, "write", write_and_stop)
 
 
 def final_state(workdir):

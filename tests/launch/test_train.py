@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 
 from jaxlab import experiment
 from jaxlab.core import UserError
-from jaxlab.train import writers
 from tests.launch import runs
 
 
@@ -25,18 +23,6 @@ def finished(tmp_path_factory):
     config = runs.write_config(folder)
     assert runs.run(config, folder / "run") == 0
     return config, folder / "run"
-
-
-def stop_at(monkeypatch, step):
-    """Sends this process SIGTERM when the training line of `step` is written."""
-    write = writers.MetricWriter.write
-
-    def write_and_stop(self, at, split, *arguments, **more):
-        write(self, at, split, *arguments, **more)
-        if (at, split) == (step, "train"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(writers.MetricWriter, "write", write_and_stop)
 
 
 def test_a_run_leaves_every_file_it_promises(finished):
@@ -72,7 +58,7 @@ def test_a_finished_run_prints_its_result_and_changes_nothing(finished, capsys):
 def test_sigterm_checkpoints_and_the_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys):
     config, undisturbed = finished
     with monkeypatch.context() as patch:
-        stop_at(patch, 10)
+        runs.stop_at(patch, 10)
         assert runs.run(config, tmp_path, "--config.steps_per_call=3") == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 13" in capsys.readouterr().err
     interrupted = json.loads(runs.result(tmp_path))
@@ -154,7 +140,7 @@ def test_a_damaged_newest_checkpoint_costs_only_time(finished, tmp_path, caplog)
 def test_a_checkpoint_of_eight_devices_resumes_on_one_and_on_two(finished, tmp_path, monkeypatch):
     config, undisturbed = finished
     with monkeypatch.context() as patch:
-        stop_at(patch, 20)
+        runs.stop_at(patch, 20)
         assert runs.run(config, tmp_path / "8", "--config.devices.data=4", "--config.devices.seed=2") != 0
     for data in (1, 2):
         workdir = tmp_path / str(data)
@@ -207,7 +193,7 @@ def test_a_damaged_last_checkpoint_of_a_stage_is_made_again_before_it_is_handed_
 def test_a_signal_in_the_last_call_of_a_stage_stops_the_run_before_the_next(tmp_path, monkeypatch):
     config = runs.write_config(tmp_path, runs.STAGED)
     with monkeypatch.context() as patch:
-        stop_at(patch, 40)
+        runs.stop_at(patch, 40)
         assert runs.run(config, tmp_path / "run") == 128 + signal.SIGTERM
     assert json.loads(runs.result(tmp_path / "run" / "base"))["status"] == "complete"
     assert not (tmp_path / "run" / "tuned" / "metrics.jsonl").exists()

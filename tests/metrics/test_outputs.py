@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlab.core import UserError
-from jaxlab.metrics.outputs import collect_outputs
+from jaxlab.metrics.outputs import collect_outputs, map_rows
 
 
 def _dataset(size: int) -> dict[str, np.ndarray]:
@@ -64,3 +64,47 @@ def test_bad_input_is_named():
         collect_outputs(lambda _, batch: batch, None, _dataset(0))
     with pytest.raises(UserError, match=r"no output 'logit'\. Did you mean 'logits'"):
         collect_outputs(lambda _, batch: {"logits": batch["label"]}, None, _dataset(2), keys=("logit",))
+
+
+@pytest.mark.parametrize("size", [7, 6, 2, 1])
+def test_map_rows_computes_what_collect_outputs_collects_for_many_variables_at_once(size):
+    dataset, seeds = _dataset(size), np.float32([0.5, 2.0, -1.0])
+
+    def to_float(batch, key):
+        assert key is None
+        return {**batch, "image": batch["image"].astype(jnp.float32) / 255}
+
+    def predict(scale, batch):
+        return {"logits": scale * batch["image"].reshape(len(batch["image"]), -1), "label": batch["label"]}
+
+    @jax.jit
+    @jax.vmap
+    def mapped(scale):
+        return map_rows(lambda b: predict(scale, b), dataset, batch_size=3, transforms=(to_float,))
+
+    outputs = mapped(seeds)
+    for i, scale in enumerate(seeds):
+        expected = collect_outputs(
+            jax.jit(predict),
+            scale,
+            dataset,
+            batch_size=3,
+            transforms=(to_float,),
+            keys=("logits", "label"),
+        )
+        np.testing.assert_allclose(outputs["logits"][i], expected["logits"], rtol=1e-6)
+        np.testing.assert_array_equal(outputs["label"][i], expected["label"])
+
+
+def test_map_rows_sees_one_batch_at_a_time_and_every_output_keeps_its_kind():
+    shapes = []
+
+    def function(batch):
+        shapes.append(batch["image"].shape)
+        return batch["label"] % 2 == 0, (batch["image"],)
+
+    even, (image,) = jax.jit(lambda: map_rows(function, _dataset(7), batch_size=3))()
+    assert set(shapes) == {(3, 2, 2, 1)}
+    np.testing.assert_array_equal(even, [True, False] * 3 + [True])
+    np.testing.assert_array_equal(image, _dataset(7)["image"])
+    assert (even.dtype, image.dtype) == (bool, np.uint8)

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -5,7 +7,11 @@ import numpy as np
 import pytest
 
 from jaxlab.core import UserError
+from jaxlab.nn.conv_net import conv_net
 from jaxlab.nn.layers import HE_NORMAL, activation_function, classify, dense
+from jaxlab.nn.mlp import mlp
+from jaxlab.nn.resnet import resnet
+from jaxlab.nn.wide_resnet import wide_resnet
 
 
 class Linear(nn.Module):
@@ -49,6 +55,33 @@ def test_classify_is_a_float32_linear_head_on_the_features_it_returns():
     np.testing.assert_allclose(
         outputs["logits"], outputs["features"] @ head["kernel"] + head["bias"], atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        mlp,
+        conv_net,
+        functools.partial(resnet, depth=20),
+        functools.partial(wide_resnet, depth=10, widen_factor=1, dropout_rate=0.0),
+    ],
+    ids=["mlp", "conv_net", "resnet", "wide_resnet"],
+)
+def test_a_network_without_classes_is_the_classifier_without_head_and_logits(network):
+    images = np.zeros((2, 8, 8, 3), np.float32)
+
+    def shapes(num_classes):
+        def run(key):
+            variables = network(num_classes).init(key, images)
+            return variables, network(num_classes).apply(variables, images, train=True)
+
+        return jax.eval_shape(run, jax.random.key(0))
+
+    (encoder, (features, updated)), (classifier, (outputs, _)) = shapes(None), shapes(3)
+    assert classifier["params"].pop("head")
+    assert encoder == classifier == updated
+    assert features == {"features": outputs["features"]}
+    assert outputs["logits"].shape == (2, 3)
 
 
 @pytest.mark.parametrize(

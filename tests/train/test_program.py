@@ -9,8 +9,9 @@ import pytest
 
 from jaxlab.core import Method, Stream, UserError
 from jaxlab.train import devices
+from jaxlab.train import program as train_program
 from jaxlab.train.loop import _has_nan
-from jaxlab.train.program import _hoist_constants, replica_keys
+from jaxlab.train.program import _equations, _hoist_constants, _work, replica_keys
 from tests import toy
 from tests.train.parts import BATCH_SIZE, assert_close, assert_equal, make, run
 
@@ -189,3 +190,81 @@ def test_devices_that_do_not_divide_the_work_are_refused(arguments, message):
 def test_pmap_refuses_a_data_axis():
     with pytest.raises(UserError, match=r"set config.devices.data=1"):
         make(backend="pmap", mesh=(1, 2))
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv_net"])
+def test_seeds_that_take_turns_equal_runs_of_one_and_are_compiled_once(network, monkeypatch):
+    monkeypatch.setattr(train_program, "LARGE_PRODUCT", 0)
+    program = make(network=network)
+    in_turn = run(program)
+    assert program.num_compiled() == 1
+    alone = run(make(seed=1, seeds=1, network=network))
+    assert_close(alone, jax.tree.map(lambda x: x[1:], in_turn))
+
+
+def test_seeds_that_take_turns_equal_the_same_seeds_at_once(single_device, monkeypatch):
+    monkeypatch.setattr(train_program, "LARGE_PRODUCT", 0)
+    assert_close(run(make(seeds=4, mesh=(1, 4))), single_device)
+    assert_close(run(make(seeds=4, mesh=(2, 1), backend="pmap")), single_device)
+
+
+@pytest.mark.parametrize(("large", "batch_axis"), [(0, False), (train_program.LARGE_PRODUCT, True)])
+def test_whether_seeds_take_turns_depends_on_the_largest_product(large, batch_axis, monkeypatch):
+    """In turn, no matrix product has the seeds as an axis of its own."""
+    products = []
+    hoist = train_program._hoist_constants
+
+    def spy(function, *example):
+        ranks = {
+            e.outvars[0].aval.ndim
+            for e in _equations(jax.make_jaxpr(function)(*example).jaxpr)
+            if e.primitive.name == "dot_general"
+        }
+        products.append(ranks)
+        return hoist(function, *example)
+
+    monkeypatch.setattr(train_program, "_hoist_constants", spy)
+    monkeypatch.setattr(train_program, "LARGE_PRODUCT", large)
+    make(seeds=2)
+    assert products[-1] == ({3} if batch_axis else {2})
+
+
+def test_work_is_the_largest_product_at_any_depth():
+    a, b = jnp.zeros((3, 5, 7)), jnp.zeros((3, 7, 11))
+
+    def product(a, b):
+        return jnp.einsum("bij,bjk->bik", a, b)
+
+    flops = 2 * 3 * 5 * 7 * 11
+    assert _work(product, a, b) == (False, flops)
+    assert _work(lambda x: x @ x, jnp.zeros(9)) == (False, 2 * 9)
+    assert _work(jnp.tanh, a) == (False, 0)
+    both = _work(lambda a, b: (product(a, b), a[0, :2] @ b[0]), a, b)
+    assert both == (False, flops)
+    _, largest = _work(jax.jit(jax.grad(lambda a, b: product(a, b).sum(), (0, 1))), a, b)
+    assert largest == flops
+
+
+def convolve(image):
+    return jax.lax.conv(image, jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda x: jax.lax.fori_loop(0, 2, lambda i, x: f(x), x),
+        lambda f: lambda x: jax.lax.while_loop(lambda x: jnp.any(x > 0), f, x),
+        lambda f: lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, length=2)[0],
+        lambda f: lambda x: jax.lax.cond(jnp.any(x > 0), lambda x: x, f, x),
+        lambda f: lambda x: jax.lax.map(f, x[None])[0],
+        lambda f: jax.vmap(lambda x: jax.jit(f)(x[None])[0]),
+        lambda f: jax.grad(lambda x: jnp.sum(jax.jit(jax.checkpoint(f))(x) ** 2)),
+    ],
+    ids=["alone", "jit", "checkpoint", "fori_loop", "while_loop", "scan", "cond", "map", "vmap", "grad"],
+)
+def test_convolutions_are_seen_in_nested_programs(nest):
+    assert _work(nest(convolve), jnp.ones((1, 1, 4, 4)))[0]
+    assert not _work(nest(jnp.tanh), jnp.ones((1, 1, 4, 4)))[0]

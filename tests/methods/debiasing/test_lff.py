@@ -344,3 +344,30 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 def test_batches_without_index_are_refused():
     with pytest.raises(UserError, match="no 'index'"):
         METHOD.init(jax.random.key(0), {"image": BATCHES[0]["image"], "label": BATCHES[0]["label"]})
+
+
+@pytest.mark.parametrize("seen_before", [0, 3])
+def test_difficulty_of_the_batch_is_the_papers_formula_whatever_is_remembered(seen_before):
+    method = lff(NETWORK, optax.sgd(0.5), dataset=DATASET, num_classes=3, difficulty="batch")
+    update = jax.jit(method.update)
+    state = jax.jit(method.init)(jax.random.key(0), BATCHES[0])
+    for batch in BATCHES[:seen_before]:
+        state, _ = update(state, batch, jax.random.key(1))
+    batch = BATCHES[seen_before]
+
+    def losses(params):
+        logits = NETWORK.apply({"params": params}, batch["image"], train=True)[0]["logits"]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], 1)[:, 0]
+
+    params = state.variables["params"]
+    ce_b, ce_d = losses(state.biased_variables["params"]), losses(params)
+    weight = ce_b / (ce_b + ce_d)
+    gradient = jax.grad(lambda p: jnp.mean(weight * losses(p)))(params)
+    updated, metrics = update(state, batch, jax.random.key(1))
+    np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["debiased_loss"], (weight * ce_d).mean(), rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+    chex.assert_trees_all_close(updated.variables["params"], expected, atol=1e-6)
+    # The memories go on all the same: `debiasing.difficulty` reads them.
+    remembered = UPDATE_MEMORY(state.memory, batch["index"], ce_d)
+    chex.assert_trees_all_close(updated.memory, remembered, rtol=1e-5)
