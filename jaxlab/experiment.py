@@ -17,9 +17,19 @@ from jax.sharding import Mesh
 
 from jaxlab import config as configs
 from jaxlab.config import Settings
-from jaxlab.core import Batch, Evaluator, Method, Network, Outputs, State, Stream, UserError
+from jaxlab.core import (
+    Batch,
+    Evaluator,
+    Method,
+    Network,
+    Outputs,
+    State,
+    Stream,
+    TrainedNetwork,
+    UserError,
+)
 from jaxlab.core.errors import nearest
-from jaxlab.core.resolve import Plan, execute, plan
+from jaxlab.core.resolve import Plan, execute, plan, type_hints
 from jaxlab.train import devices
 from jaxlab.train.checkpoints import Checkpoints
 from jaxlab.train.program import MakeMethod, Program, check_fit, make_program
@@ -254,6 +264,17 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
             f" evaluators: {known}."
         )
     networks = [k for k, v in method.arguments.items() if isinstance(v, Plan) and v.kind == "network"]
+    if isinstance(settings.init_from, str) and settings.init_from and len(networks) > 1:
+        raise UserError(
+            f"{path}.init_from: method '{settings.method['name']}' has several networks"
+            f" ({', '.join(networks)}); say which starts from it: dict(<network>='{settings.init_from}')."
+        )
+    for name, hint in type_hints(method.function).items():
+        if hint is TrainedNetwork and name not in settings.sources:
+            raise UserError(
+                f"{path}.init_from: method '{settings.method['name']}' needs a trained '{name}': give"
+                f" init_from=dict({name}='<stage>')."
+            )
     for name in settings.sources:
         if name not in networks:
             raise UserError(

@@ -23,7 +23,7 @@ def get_config(size="cpu", method="lff", conflicting="5"):
         source = dict(name="store.arrays", dataset="digits", split=split)
         return dict(name="coloring.colored_digits", dataset=source, std=std, maximum=16, **more)
 
-    aligned_ratio = 1 - float(conflicting) / 100
+    aligned_ratio = methods.aligned_ratio(conflicting)
     train = images("train", aligned_ratio=aligned_ratio, keep_gray=method in methods.AMPLIFIED)
     test = images("test", aligned_ratio=aligned_ratio, balanced=True, seed=1)
     transforms = [dict(name="transforms.standardize", scale=255.0)]
@@ -33,6 +33,7 @@ def get_config(size="cpu", method="lff", conflicting="5"):
     c.seeds = 3
     c.batch_size = batch_size
     c.log_every = steps_per_epoch
+    c.eval_every = 5 * steps_per_epoch
     c.checkpoint_every = 20 * steps_per_epoch
     c.data = dict(name="streams.resident", dataset=train, transforms=transforms)
     c.network = dict(name="mlp", num_classes=10, hidden=[100, 100, 100])
@@ -51,7 +52,7 @@ def get_config(size="cpu", method="lff", conflicting="5"):
             definition=dict(name="recoloring", std=std, transforms=transforms),
             identification_epochs=10,
             upweight=20.0,
-            ensemble_steps=500,
+            bias_ensemble=dict(ensemble_steps=500, steps=steps, learning_rate=1e-3),
             disentangled=dict(
                 steps=steps, learning_rate=1e-3, swap_start=steps // 3, decay_interval=steps // 3, weight=5.0
             ),

@@ -28,7 +28,7 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
         pool = 1 if paper else 2
         return dict(name="coloring.colored_digits", dataset=source, std=std, pool=pool, **more)
 
-    aligned_ratio = 1 - float(conflicting) / 100
+    aligned_ratio = methods.aligned_ratio(conflicting)
     train = images(
         "train" if paper else "train[:8000]",
         aligned_ratio=aligned_ratio,
@@ -58,7 +58,10 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
         definition=dict(name="recoloring", std=std, transforms=transforms),
         identification_epochs=4,  # ours: the first after which 98 % of the training set are right
         upweight=50.0,
-        ensemble_steps=500,
+        # BiasEnsemble's own: ten times LfF's learning rate, 50,000 steps.
+        bias_ensemble=dict(ensemble_steps=500, steps=50_000, learning_rate=1e-2)
+        if paper
+        else dict(ensemble_steps=500, steps=40 * steps_per_epoch, learning_rate=1e-3),
         disentangled=dict(
             steps=50_000, learning_rate=1e-2, swap_start=10_000, decay_interval=10_000, weight=10.0
         )
@@ -66,6 +69,7 @@ def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
         else dict(steps=1860, learning_rate=1e-3, swap_start=600, decay_interval=600, weight=5.0),
     )
     c.log_every = steps_per_epoch
+    c.eval_every = 5 * steps_per_epoch
     c.checkpoint_every = 10 * steps_per_epoch
     c.stages.update(stages)
     return c

@@ -12,6 +12,7 @@ from configs.debiasing import colored_digits, colored_mnist, methods
 
 
 def get_config(size="cpu", conflicting="1", dataset="mnist"):
+    methods.check(dataset, ("mnist", "fashion_mnist", "digits"), "data set")
     c = ConfigDict(sort_keys=False)
     c.stages = ConfigDict(sort_keys=False)
     for method in methods.METHODS:

@@ -22,7 +22,7 @@ def get_config(size="cpu", method="lff", conflicting="1", corruptions="type0", f
     methods.check(size, ("cpu", "paper"), "size")
     methods.check(corruptions, ("type0", "type1", "disentangled"), "family of corruptions")
     paper = size == "paper"
-    steps_per_epoch = 196 if paper else 8
+    epochs, steps_per_epoch = (200, 196) if paper else (20, 8)
 
     def images(split, **more):
         return dict(
@@ -33,7 +33,7 @@ def get_config(size="cpu", method="lff", conflicting="1", corruptions="type0", f
             **more,
         )
 
-    aligned_ratio = 1 - float(conflicting) / 100
+    aligned_ratio = methods.aligned_ratio(conflicting)
     train = images(
         "train" if paper else "train[:2000]",
         aligned_ratio=aligned_ratio,
@@ -49,11 +49,17 @@ def get_config(size="cpu", method="lff", conflicting="1", corruptions="type0", f
         standardize,
     ]
 
+    # As published for each share.
+    disentangled_rate, disentangled_weight = {"0.5": (5e-4, 1.0), "5": (1e-3, 1.0)}.get(
+        conflicting, (1e-3, 5.0)
+    )
+
     c = ConfigDict()
     c.seed = 0
     c.seeds = 3
     c.batch_size = 256
     c.log_every = steps_per_epoch
+    c.eval_every = 5 * steps_per_epoch
     c.checkpoint_every = 10 * steps_per_epoch
     c.data = dict(name="streams.resident", dataset=train, transforms=augment)
     c.network = (
@@ -70,18 +76,22 @@ def get_config(size="cpu", method="lff", conflicting="1", corruptions="type0", f
             train=train,
             test=test,
             transforms=[standardize],
-            steps=(200 if paper else 20) * steps_per_epoch,
+            steps=epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
             learning_rate=1e-3,
             definition=dict(name="variant_lookup", transforms=augment),
             identification_epochs=4,
             upweight=50.0,
-            ensemble_steps=500 if paper else 80,
+            bias_ensemble=dict(
+                ensemble_steps=500 if paper else 80, steps=epochs * steps_per_epoch, learning_rate=1e-3
+            ),
             disentangled=dict(
-                steps=50_000, learning_rate=1e-3, swap_start=10_000, decay_interval=10_000, weight=5.0
-            )
-            if paper
-            else dict(steps=160, learning_rate=1e-3, swap_start=50, decay_interval=50, weight=5.0),
+                steps=50_000 if paper else 160,
+                learning_rate=disentangled_rate,
+                swap_start=10_000 if paper else 50,
+                decay_interval=10_000 if paper else 50,
+                weight=disentangled_weight,
+            ),
         )
     )
     return c

@@ -30,6 +30,17 @@ def check(choice, known, what):
         raise ValueError(f"no {what} {choice!r}; it may be {', '.join(known)}")
 
 
+def aligned_ratio(conflicting):
+    """The share of aligned examples, from that of conflicting ones in percent, as text."""
+    try:
+        percent = float(conflicting)
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise ValueError(f"the share of conflicting examples is in percent, 0 to 100, not {conflicting!r}")
+    return 1 - percent / 100
+
+
 def stages(
     method,
     *,
@@ -44,7 +55,7 @@ def stages(
     definition,
     identification_epochs,
     upweight,
-    ensemble_steps,
+    bias_ensemble,
     disentangled,
 ):
     """The stages of a method, the last one being the method itself.
@@ -60,7 +71,7 @@ def stages(
       learning_rate: Adam's.
       definition: section of the bias definition; `train` has what it needs.
       identification_epochs, upweight: of Just Train Twice.
-      ensemble_steps: of the biased ensemble.
+      bias_ensemble: of BiasEnsemble: dict(ensemble_steps=..., steps=..., learning_rate=...).
       disentangled: its schedule and weights: dict(steps=..., learning_rate=..., swap_start=...,
         decay_interval=..., weight=...).
     """
@@ -128,10 +139,16 @@ def stages(
         name = f"debiasing.bias_amplification.{method}"
         ensemble = dict(name="ensemble", size=5, network=network)
         trained = dict(ensemble_network=ensemble, **frozen)
-        last = stage(dict(name=name, **trained)) if method == "bias_ensemble" else swapped(name, **trained)
+        same = dict(optimizer=dict(name="adam", learning_rate=bias_ensemble["learning_rate"]))
         biased_ensemble = dict(name="debiasing.bias_amplification.biased_ensemble")
+        if method == "bias_ensemble":
+            last = stage(dict(name=name, **trained)) | same | dict(steps=bias_ensemble["steps"])
+        else:
+            last = swapped(name, **trained)
         return {
-            "ensemble": stage(biased_ensemble, groups, network=ensemble) | dict(steps=ensemble_steps),
+            "ensemble": stage(biased_ensemble, groups, network=ensemble)
+            | same
+            | dict(steps=bias_ensemble["ensemble_steps"]),
             method: last | dict(init_from=dict(ensemble_network="ensemble")),
         }
     wrong = {**definition, "aligned_attr": [(k + 1) % 10 for k in range(10)]}

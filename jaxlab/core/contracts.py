@@ -5,7 +5,7 @@ notebook; none has a base class, a registry or hidden state.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NewType, Protocol
 
 import chex
 import jax
@@ -34,6 +34,11 @@ class Network(NamedTuple):
 
     init: Callable[[chex.PRNGKey, chex.ArrayTree], Variables]
     apply: Callable[..., tuple[Outputs, Variables]]
+
+
+# A network whose `init` returns variables that were trained, the type of a builder's parameter that must be
+# handed over: in a config, `init_from=dict(<parameter>="<stage>")`.
+TrainedNetwork = NewType("TrainedNetwork", Network)
 
 
 class Method(NamedTuple):

@@ -108,7 +108,7 @@ def _names(kind: str, package: str) -> Iterable[str]:
             relative = info.name.removeprefix(package + ".")
             module = importlib.import_module(info.name)
             for function in _public_functions(module):
-                returns = _type_hints(getattr(module, function)).get("return")
+                returns = type_hints(getattr(module, function)).get("return")
                 if returns is _CONTRACTS.get(kind, returns):
                     yield relative if relative.split(".")[-1] == function else f"{relative}.{function}"
 
@@ -188,7 +188,7 @@ def check_arguments(
       UserError: unknown or missing key, or a value of the wrong type.
     """
     parameters = inspect.signature(function).parameters
-    hints = _type_hints(function)
+    hints = type_hints(function)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     filled = {
         key for key, p in parameters.items() if key in context and (p.default is p.empty or p.default is None)
@@ -217,7 +217,7 @@ def check_arguments(
 def _plan_section(
     function: Callable[..., Any], section: Mapping[str, Any], path: str, context: dict, kind: str | None
 ) -> Plan:
-    _check_built(function, kind, path, _type_hints(function).get("return", Any))
+    _check_built(function, kind, path, type_hints(function).get("return", Any))
     arguments = {
         key: _plan_nested(section[key], key, function, f"{path}.{key}", context)
         for key in section
@@ -305,9 +305,10 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
-def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The type hints of a function; {} where they cannot be evaluated."""
     try:
-        return typing.get_type_hints(function)
+        return typing.gettype_hints(function)
     except (NameError, TypeError):  # a name that exists only for type checkers, or no plain function
         return {}
 

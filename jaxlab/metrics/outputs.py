@@ -82,6 +82,8 @@ def map_rows(
     Returns:
       The tree, with leading axis [N].
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected 1 or more, got {batch_size}.")
     columns = {name: jnp.asarray(column) for name, column in dataset.items()}
     size = len(next(iter(columns.values())))
     batch_size = min(batch_size, size)

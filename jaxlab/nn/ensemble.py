@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxlab.core import Network
+from jaxlab.core import Network, UserError
 
 
 def ensemble(network: Network, *, size: int) -> Network:
@@ -16,7 +16,12 @@ def ensemble(network: Network, *, size: int) -> Network:
     Returns:
       A network whose variables have a leading axis [M]. Its outputs are `member_logits` [B, M, K], `logits`
       [B, K], the logarithms of the members' mean probabilities, and `features` [B, M · F].
+
+    Raises:
+      UserError: `size` is below 1.
     """
+    if size < 1:
+        raise UserError(f"size: expected 1 or more members, got {size}.")
 
     def init(key, inputs):
         return jax.vmap(network.init, (0, None))(jax.random.split(key, size), inputs)

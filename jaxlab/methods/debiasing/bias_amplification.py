@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlab.core import Batch, Method, Network, Outputs, UserError, Variables
+from jaxlab.core import Batch, Method, Network, Outputs, TrainedNetwork, UserError, Variables
 from jaxlab.core.updates import gradient_update, minimize
 from jaxlab.data import transforms as data_transforms
 from jaxlab.data.coloring import MEAN_COLOR, colorize
@@ -35,6 +35,8 @@ from jaxlab.methods.debiasing.lff import (
     BiasedLoss,
     LffState,
     LossMemory,
+    check_decay,
+    check_index,
     init_loss_memory,
     learn_from_failure,
     loss_of_biased,
@@ -166,6 +168,10 @@ def recoloring(
         raise UserError(f"aligned_attr: expected colours 0..{len(MEAN_COLOR) - 1}, got {aligned_attr}.")
 
     def apply(key: chex.PRNGKey, batch: Batch, attr: jax.Array) -> Batch:
+        if "gray" not in batch:
+            raise UserError(
+                "recoloring: the batches have no 'gray'; set keep_gray=True where digits are coloured."
+            )
         noise_key, transform_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, (len(attr), 3))
         image = colorize(batch["gray"], attr, noise, std, jnp.asarray(MEAN_COLOR))
@@ -194,6 +200,11 @@ def variant_lookup(
         raise UserError(f"aligned_attr: expected attributes 0..{num_attrs - 1}, got {aligned_attr}.")
 
     def apply(key: chex.PRNGKey, batch: Batch, attr: jax.Array) -> Batch:
+        if "variants" not in batch or batch["variants"].shape[1] != num_attrs:
+            raise UserError(
+                f"variant_lookup: the batches have no 'variants' of {num_attrs} attributes; set"
+                " keep_variants=True where images are corrupted."
+            )
         image = jnp.take_along_axis(batch["variants"], attr[:, None, None, None, None], axis=1)[:, 0]
         return data_transforms.apply({**batch, "image": image}, key, transforms)
 
@@ -313,7 +324,7 @@ def amplified_erm(
 
 def two_stage_lff(
     network: Network,
-    biased_network: Network,
+    biased_network: TrainedNetwork,
     optimizer: optax.GradientTransformation,
     *,
     dataset: Mapping[str, np.ndarray],
@@ -336,18 +347,22 @@ def two_stage_lff(
 
     Metrics: `loss`, `accuracy` on the training batch, and `weight`, the mean relative difficulty.
     """
+    check_decay(decay)
     labels_all = training_labels(dataset, num_classes)
 
     def init(key: chex.PRNGKey, batch: Batch) -> LffState:
+        check_index(batch)
         network_key, biased_key = jax.random.split(key)
         variables = network.init(network_key, batch["image"])
         biased_variables = biased_network.init(biased_key, batch["image"])
+        if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, biased_variables):
+            raise UserError("biased_network: it must be of the kind and size of the network.")
 
         def losses(batch: Batch) -> jax.Array:
             outputs, _ = biased_network.apply(biased_variables, batch["image"], train=False)
             return negative_log_likelihood(outputs["logits"], batch["label"])
 
-        fixed = map_rows(losses, dataset, batch_size=batch_size, transforms=transforms)
+        fixed = map_rows(losses, _examples(dataset), batch_size=batch_size, transforms=transforms)
         return LffState(
             variables,
             optimizer.init(variables["params"]),
@@ -424,7 +439,7 @@ class SelectionState(NamedTuple):
 
 def bias_ensemble(
     network: Network,
-    ensemble_network: Network,
+    ensemble_network: TrainedNetwork,
     optimizer: optax.GradientTransformation,
     *,
     dataset: Mapping[str, np.ndarray],
@@ -462,14 +477,9 @@ def bias_ensemble(
 
     def init(key: chex.PRNGKey, batch: Batch) -> SelectionState:
         inner_key, ensemble_key = jax.random.split(key)
-        probabilities = _true_class_prob(
-            ensemble_network,
-            ensemble_network.init(ensemble_key, batch["image"]),
-            dataset,
-            batch_size,
-            transforms,
-        )
-        selected = select_by_agreement(probabilities, threshold, agreement)
+        variables = ensemble_network.init(ensemble_key, batch["image"])
+        probabilities = _true_class_prob(ensemble_network, variables, dataset, batch_size, transforms)
+        selected = _select(probabilities, threshold, agreement)
         return SelectionState(*inner.init(inner_key, batch), selected)
 
     def update(
@@ -496,7 +506,7 @@ class DisentangledSelectionState(NamedTuple):
 
 def disentangled_bias_ensemble(
     network: Network,
-    ensemble_network: Network,
+    ensemble_network: TrainedNetwork,
     optimizer: optax.GradientTransformation,
     *,
     dataset: Mapping[str, np.ndarray],
@@ -536,14 +546,9 @@ def disentangled_bias_ensemble(
 
     def init(key: chex.PRNGKey, batch: Batch) -> DisentangledSelectionState:
         inner_key, ensemble_key = jax.random.split(key)
-        probabilities = _true_class_prob(
-            ensemble_network,
-            ensemble_network.init(ensemble_key, batch["image"]),
-            dataset,
-            batch_size,
-            transforms,
-        )
-        selected = select_by_agreement(probabilities, threshold, agreement)
+        variables = ensemble_network.init(ensemble_key, batch["image"])
+        probabilities = _true_class_prob(ensemble_network, variables, dataset, batch_size, transforms)
+        selected = _select(probabilities, threshold, agreement)
         return DisentangledSelectionState(*inner.init(inner_key, batch), selected)
 
     def update(
@@ -555,6 +560,19 @@ def disentangled_bias_ensemble(
         return DisentangledSelectionState(*updated, state.selected), metrics
 
     return Method(init, update, inner.predict)
+
+
+def _examples(dataset: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: dataset[name] for name in ("image", "label")}
+
+
+def _select(true_class_prob: jax.Array, threshold: float, agreement: int) -> jax.Array:
+    if not 0 <= threshold < 1:
+        raise UserError(f"threshold: expected a number in [0, 1), got {threshold}.")
+    members = len(true_class_prob)
+    if not 1 <= agreement <= members:
+        raise UserError(f"agreement: expected 1 to {members}, the members of the ensemble, got {agreement}.")
+    return select_by_agreement(true_class_prob, threshold, agreement)
 
 
 def _true_class_prob(
@@ -571,4 +589,4 @@ def _true_class_prob(
         losses = jax.vmap(negative_log_likelihood, (1, None), 1)
         return jnp.exp(-losses(outputs["member_logits"], batch["label"]))
 
-    return map_rows(of_batch, dataset, batch_size=batch_size, transforms=transforms).T
+    return map_rows(of_batch, _examples(dataset), batch_size=batch_size, transforms=transforms).T

@@ -34,6 +34,8 @@ from jaxlab.core import Batch, Method, Network, Outputs, UserError, Variables
 from jaxlab.core.updates import apply_gradient
 from jaxlab.methods.debiasing.lff import (
     LossMemory,
+    check_decay,
+    check_index,
     generalized_cross_entropy,
     init_loss_memory,
     loss_of_biased,
@@ -170,6 +172,8 @@ def delayed_step_decay(base_lr: float, start: int, interval: int, gamma: float) 
     `optax.exponential_decay(staircase=True)` divides in floating point, and a step that ends an interval
     may be counted as before its end where that is not exactly rounded.
     """
+    if interval < 1:
+        raise UserError(f"delayed_step_decay: interval: expected 1 or more, got {interval}.")
     return lambda step: base_lr * gamma ** (jnp.maximum(step - start, 0) // interval)
 
 
@@ -350,13 +354,11 @@ def disentangled(
     Raises:
       UserError: `q` or `decay` out of range, a label outside 0..C - 1, or batches without `index`.
     """
-    if not 0 <= decay < 1:
-        raise UserError(f"decay: expected a number in [0, 1), got {decay}.")
+    check_decay(decay)
     labels_all = training_labels(dataset, num_classes)
 
     def init(key: chex.PRNGKey, batch: Batch) -> DisentangledState:
-        if "index" not in batch:
-            raise UserError("the batches have no 'index'; take a stream over a data set.")
+        check_index(batch)
 
         def start(key: chex.PRNGKey) -> Variables:
             encoder_key, head_key = jax.random.split(key)

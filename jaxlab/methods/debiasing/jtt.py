@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlab.core import Batch, Method, Network, UserError, Variables
+from jaxlab.core import Batch, Method, Network, TrainedNetwork, UserError, Variables
 from jaxlab.data.transforms import Transform
 from jaxlab.methods.debiasing.reweighting import weighted_erm
 from jaxlab.metrics.classification import correct
@@ -75,7 +75,7 @@ def error_weights(wrong: jax.Array, upweight: float) -> jax.Array:
 
 def jtt(
     network: Network,
-    identification_network: Network,
+    identification_network: TrainedNetwork,
     optimizer: optax.GradientTransformation,
     *,
     dataset: Mapping[str, np.ndarray],

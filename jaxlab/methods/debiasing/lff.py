@@ -235,12 +235,10 @@ def learn_from_failure(
     Raises:
       UserError: `decay` out of range, or batches without `index`.
     """
-    if not 0 <= decay < 1:
-        raise UserError(f"decay: expected a number in [0, 1), got {decay}.")
+    check_decay(decay)
 
     def init(key: chex.PRNGKey, batch: Batch) -> LffState:
-        if "index" not in batch:
-            raise UserError("the batches have no 'index'; take a stream over a data set.")
+        check_index(batch)
         debiased_key, biased_key = jax.random.split(key)
 
         def start(key: chex.PRNGKey) -> tuple[Variables, optax.OptState, LossMemory]:
@@ -347,6 +345,18 @@ def lff(
         biased_loss=loss_of_biased(biased_loss, q),
         difficulty=difficulty,
     )
+
+
+def check_decay(decay: float) -> None:
+    """Refuses weights of the old value outside [0, 1)."""
+    if not 0 <= decay < 1:
+        raise UserError(f"decay: expected a number in [0, 1), got {decay}.")
+
+
+def check_index(batch: Batch) -> None:
+    """Refuses batches that do not say which examples they hold."""
+    if "index" not in batch:
+        raise UserError("the batches have no 'index'; take a stream over a data set.")
 
 
 def training_labels(dataset: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:

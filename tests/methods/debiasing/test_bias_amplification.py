@@ -345,9 +345,7 @@ def test_the_bias_branch_of_the_disentangled_method_learns_from_what_the_ensembl
 
 def test_an_empty_selection_moves_nothing_and_is_finite():
     network = ensemble(NETWORK, size=5)
-    method = bias_ensemble(
-        NETWORK, network, optax.sgd(0.5), dataset=DATASET, num_classes=CLASSES, agreement=6
-    )
+    method = bias_ensemble(NETWORK, network, optax.sgd(0.5), dataset=DATASET, num_classes=CLASSES)
     before = jax.jit(method.init)(jax.random.key(0), BATCHES[0])
     after, metrics = jax.jit(method.update)(before, BATCHES[0], jax.random.key(1))
     chex.assert_trees_all_equal(after.biased_variables, before.biased_variables)
@@ -377,6 +375,32 @@ def test_variants_are_looked_up():
     definition = variant_lookup(aligned_attr=(0, 1, 2), num_attrs=3)
     made = definition.apply(jax.random.key(0), batch, jnp.array([2, 1]))
     np.testing.assert_array_equal(made["image"], variants[[0, 1], [2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"agreement": 6}, "^agreement: expected 1 to 5, .* got 6"), ({"threshold": 1.0}, "^threshold: ")],
+)
+def test_a_selection_that_cannot_be_made_is_refused(arguments, message):
+    method = bias_ensemble(
+        NETWORK, ensemble(NETWORK, size=5), optax.sgd(0.5), dataset=DATASET, num_classes=CLASSES, **arguments
+    )
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(method.init, jax.random.key(0), BATCHES[0])
+
+
+def test_a_frozen_network_of_another_size_is_refused():
+    other = mlp(num_classes=CLASSES, hidden=(4,))
+    method = two_stage_lff(NETWORK, other, optax.sgd(0.5), dataset=DATASET, num_classes=CLASSES)
+    with pytest.raises(UserError, match="^biased_network: it must be of the kind and size"):
+        jax.eval_shape(method.init, jax.random.key(0), BATCHES[0])
+
+
+def test_batches_without_what_a_definition_needs_are_refused():
+    with pytest.raises(UserError, match="no 'gray'; set keep_gray"):
+        recoloring(std=0.1).apply(jax.random.key(0), BATCHES[0], BATCHES[0]["label"])
+    with pytest.raises(UserError, match="no 'variants' of 10 attributes; set keep_variants"):
+        variant_lookup().apply(jax.random.key(0), BATCHES[0], BATCHES[0]["label"])
 
 
 @pytest.mark.parametrize(
