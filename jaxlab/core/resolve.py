@@ -308,7 +308,7 @@ def _a(noun: str) -> str:
 def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The type hints of a function; {} where they cannot be evaluated."""
     try:
-        return typing.gettype_hints(function)
+        return typing.get_type_hints(function)
     except (NameError, TypeError):  # a name that exists only for type checkers, or no plain function
         return {}
 
