@@ -269,17 +269,17 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
             f"{path}.init_from: method '{settings.method['name']}' has several networks"
             f" ({', '.join(networks)}); say which starts from it: dict(<network>='{settings.init_from}')."
         )
-    for name, hint in type_hints(method.function).items():
-        if hint is TrainedNetwork and name not in settings.sources:
-            raise UserError(
-                f"{path}.init_from: method '{settings.method['name']}' needs a trained '{name}': give"
-                f" init_from=dict({name}='<stage>')."
-            )
     for name in settings.sources:
         if name not in networks:
             raise UserError(
                 f"{path}.init_from: method '{settings.method['name']}' has no network '{name}' to start from."
                 f"{nearest(name, networks)} It has: {', '.join(networks) or 'none'}."
+            )
+    for name, hint in type_hints(method.function).items():
+        if hint is TrainedNetwork and name not in settings.sources:
+            raise UserError(
+                f"{path}.init_from: method '{settings.method['name']}' needs a trained '{name}': give"
+                f" init_from=dict({name}='<stage>')."
             )
     return {
         "method": method,

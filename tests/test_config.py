@@ -231,7 +231,6 @@ NETWORKS = runs.CONFIG.replace(
     ("init_from", "sources"),
     [
         ({"identification_network": "first"}, {"identification_network": "first"}),
-        ("first", {"network": "first"}),
         (
             {"identification_network": "first", "network": "first"},
             {"identification_network": "first", "network": "first"},
@@ -240,7 +239,6 @@ NETWORKS = runs.CONFIG.replace(
             {"identification_network": "first", "network": "other"},
             {"identification_network": "first", "network": "other"},
         ),
-        ({}, {}),
     ],
 )
 def test_a_stage_runs_behind_all_that_its_networks_start_from(tmp_path, init_from, sources):
@@ -253,6 +251,14 @@ def test_a_stage_runs_behind_all_that_its_networks_start_from(tmp_path, init_fro
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            {"stages.jtt.init_from": "first"},
+            r"config.stages.jtt.init_from: .*has several networks \(.*\); say which .*dict\(<network>='first'\)",
+        ),
+        (
+            {"stages.jtt.init_from": "{}"},
+            "config.stages.jtt.init_from: .*needs a trained 'identification_network': give init_from=dict",
+        ),
         (
             {"stages.jtt.init_from.identification_network": "frist"},
             r"config.stages.jtt.init_from: no stage 'frist'. Did you mean 'first'\? Stages: jtt, other, first\.$",
