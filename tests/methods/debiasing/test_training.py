@@ -16,7 +16,10 @@ from jaxlab.metrics.classification import negative_log_likelihood
 from launch import evaluate, report
 from tests.launch import runs
 
-SMALL = [f"--config.{key}" for key in ("seeds=2", "log_every=10", "checkpoint_every=10", "devices.data=1")]
+SMALL = [
+    f"--config.{key}"
+    for key in ("seeds=2", "network.hidden=[8]", "log_every=10", "checkpoint_every=10", "devices.data=1")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,16 +108,29 @@ def outputs_of_all(workdir, dataset):
 @pytest.mark.parametrize(
     ("method", "first", "overrides"),
     [
-        ("jtt", "identification", ()),
-        ("two_stage", "biased", ()),
-        ("bias_ensemble", "ensemble", ("stages.bias_ensemble.method.threshold=0.15",)),
+        ("jtt", "identification", ("jtt.method.identification_network.hidden=[8]",)),
+        pytest.param(
+            "two_stage", "biased", ("two_stage.method.biased_network.hidden=[8]",), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "bias_ensemble",
+            "ensemble",
+            (
+                "ensemble.network.network.hidden=[8]",
+                "bias_ensemble.method.ensemble_network.network.hidden=[8]",
+                "bias_ensemble.method.threshold=0.15",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
+    ids=["jtt", "two_stage", "bias_ensemble"],
 )
 def test_a_second_stage_goes_on_to_the_same_bits_with_what_the_first_handed_over(
     method, first, overrides, tmp_path, monkeypatch
 ):
-    for stage, steps in ((first, 20), (method, 40)):
-        overrides += (f"stages.{stage}.steps={steps}", f"stages.{stage}.evaluators={{}}")
+    overrides += (f"{first}.steps=20", f"{first}.evaluators={{}}")
+    overrides += (f"{method}.steps=40", f"{method}.evaluators={{}}")
+    overrides = [f"stages.{override}" for override in overrides]
     with monkeypatch.context() as patch:
         runs.stop_at(patch, 30)
         stopped = train(method, tmp_path / "stopped", *overrides, f"stages.{method}.steps_per_call=3")
