@@ -278,7 +278,7 @@ def test_the_first_three_losses_agree_with_ours(stage, network, stages_file):
 
     torch.manual_seed(0)
     module = make_network(config["network"], (2, 8, 8))
-    method = experiment.build_parts(config, stage).make_method(variables_of(module))
+    method = experiment.build_parts(config, stage).make_method({"network": variables_of(module)})
     name = config["method"]["name"]
     file = importlib.import_module(f"third_party.torch_counterparts.{name.replace('.', '_')}")
     update = torch_counterparts.call({name: file.make_update}, config["method"], config, module, theirs[0])

@@ -127,7 +127,7 @@ def test_evaluations_and_seeds_share_one_compilation(caplog):
 
     def compiled(scale):
         caplog.clear()
-        with jax.log_compiles():
+        with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
             evaluator.evaluate(predict, scale)
         return [record for record in caplog.records if "Compiling" in record.getMessage()]
 

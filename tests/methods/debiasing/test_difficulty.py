@@ -148,7 +148,7 @@ def test_evaluations_and_seeds_share_one_compilation(caplog):
     def compiled(seed):
         state = _state(size=301, seed=seed)
         caplog.clear()
-        with jax.log_compiles():
+        with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
             evaluator.evaluate(None, state)
         return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
 
