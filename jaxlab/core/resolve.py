@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import optax
 
-from jaxlab.core.contracts import Evaluator, Method, Network
+from jaxlab.core.contracts import Evaluator, Method, Network, Stream
 from jaxlab.core.errors import UserError, nearest
 
 # Where the names of each kind begin; the first package that has the name wins.
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "data": ("jaxlab.data",),
-    "network": ("jaxlab.nn",),
+    "data": ("jaxlab.data", "jaxlab.methods"),
+    "network": ("jaxlab.nn", "jaxlab.methods"),
     "method": ("jaxlab.methods",),
     "optimizer": ("optax",),
     "evaluator": ("jaxlab.metrics", "jaxlab.methods"),
@@ -103,13 +103,15 @@ def _names(kind: str, package: str) -> Iterable[str]:
     if not package.startswith("jaxlab."):
         yield from _public_functions(module)
         return
+    # Of data, a problem's folder has streams; `jaxlab.data` has what is on the way to one, too.
+    expected = Stream if (kind, package) == ("data", "jaxlab.methods") else _CONTRACTS.get(kind)
     for info in pkgutil.walk_packages(module.__path__, package + "."):
         if not info.ispkg:
             relative = info.name.removeprefix(package + ".")
             module = importlib.import_module(info.name)
             for function in _public_functions(module):
                 returns = type_hints(getattr(module, function)).get("return")
-                if returns is _CONTRACTS.get(kind, returns):
+                if expected in (None, returns):
                     yield relative if relative.split(".")[-1] == function else f"{relative}.{function}"
 
 

@@ -1,5 +1,6 @@
 """One optimizer step on a network's parameters, as most methods take it; methods that are nothing else."""
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,18 +62,20 @@ def minimize(
     loss: Callable[
         [Variables, Batch, chex.PRNGKey], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]
     ],
+    inputs: Callable[[Batch], chex.ArrayTree] = operator.itemgetter("image"),
 ) -> Method:
-    """The method that minimises a loss of one network on batches with `image`, and predicts with it.
+    """The method that minimises a loss of one network, and predicts with it.
 
     Args:
       network: its `init` gives the variables to start from.
       optimizer: what turns the gradient into a move.
       loss: `loss(variables, batch, key) -> (scalar, (variables, metrics))`; the returned variables carry
         updated batch statistics. The scalar becomes the metric "loss".
+      inputs: `inputs(batch)` is what the network is initialised with and predicts from.
     """
 
     def init(key: chex.PRNGKey, batch: Batch) -> TrainState:
-        variables = network.init(key, batch["image"])
+        variables = network.init(key, inputs(batch))
         return TrainState(variables, optimizer.init(variables["params"]))
 
     def update(state: TrainState, batch: Batch, key: chex.PRNGKey) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -83,6 +86,6 @@ def minimize(
         return TrainState(variables, opt_state), metrics
 
     def predict(state: TrainState, batch: Batch) -> Outputs:
-        return network.apply(state.variables, batch["image"], train=False)[0]
+        return network.apply(state.variables, inputs(batch), train=False)[0]
 
     return Method(init, update, predict)

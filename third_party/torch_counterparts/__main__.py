@@ -63,7 +63,8 @@ def make_step(config: Mapping[str, Any], device: str) -> Callable[[], None]:
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         torch.manual_seed(seed)
         batch = sample()
-        network = make_network(config["network"], batch["image"].shape[1:]).to(device)
+        inputs = batch["image" if "image" in batch else "xs"]
+        network = make_network(config["network"], inputs.shape[1:]).to(device)
         updates.append(call(methods, config["method"], config, network, batch))
 
     def step() -> None:

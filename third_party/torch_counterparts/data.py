@@ -1,5 +1,9 @@
-"""From a data section to batches: a data set in memory, drawn from at random, as an ordinary script does."""
+"""From a data section to batches: a data set in memory, drawn from at random, as an ordinary script does.
 
+Prompts of in-context learning are sampled on the host at every step, as in dtsip/in-context-learning.
+"""
+
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +28,8 @@ def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> 
         main = make_sample(section["stream"], batch_size=batch_size, device=device)
         auxiliary = make_sample(section["auxiliary"], batch_size=batch_size, device=device)
         return lambda: {**main(), "auxiliary": auxiliary()}
+    if section["name"] == "in_context.prompts.in_context_prompts":
+        return call({section["name"]: _prompts}, section, device, batch_size)
     if section["name"] != "streams.resident":
         raise NoCounterpart(f"no counterpart of {section['name']}")
     with np.load(section["dataset"]) as columns:
@@ -40,6 +46,37 @@ def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> 
         for transform in transforms:
             batch["image"] = transform(batch["image"])
         return batch
+
+    return sample
+
+
+def _prompts(
+    device: str,
+    default_batch_size: int,
+    *,
+    function: Mapping[str, Any],
+    dimension: int,
+    num_points: int,
+    batch_size: int | None = None,
+    dims_curriculum: Mapping[str, int] | None = None,
+    points_curriculum: Mapping[str, int] | None = None,
+) -> Callable[[], dict[str, torch.Tensor]]:
+    if dict(function) != {"name": "linear"}:
+        raise NoCounterpart(f"no counterpart of {function['name']} and its keys")
+    batch_size, steps = batch_size or default_batch_size, itertools.count()
+
+    def value(curriculum: Mapping[str, int] | None, step: int, whole: int) -> int:
+        if curriculum is None:
+            return whole
+        grown = curriculum["start"] + curriculum["inc"] * (step // curriculum["interval"])
+        return min(grown, curriculum["end"])
+
+    def sample() -> dict[str, torch.Tensor]:
+        step = next(steps)
+        xs = torch.randn(batch_size, value(points_curriculum, step, num_points), dimension)
+        xs[:, :, value(dims_curriculum, step, dimension) :] = 0
+        w = torch.randn(batch_size, dimension, 1)
+        return {"xs": xs.to(device), "ys": (xs @ w)[:, :, 0].to(device)}
 
     return sample
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from third_party.torch_counterparts import NoCounterpart, call
+from third_party.torch_counterparts.gpt import in_context_model
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,7 +29,12 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def make_network(section: Mapping[str, Any], image_shape: Sequence[int]) -> nn.Module:
-    """The module that a network section names, for images of shape [C, H, W], in training mode."""
+    """The module that a network section names, in training mode.
+
+    For images of shape [C, H, W], or prompts of shape [K, d].
+    """
+    if section["name"] in _PROMPT_NETWORKS:
+        return call(_PROMPT_NETWORKS, section, image_shape)
     keys = {key: value for key, value in section.items() if key != "kernel_init"}
     activation, dtype = keys.pop("activation", "relu"), keys.pop("dtype", "float32")
     if activation not in _ACTIVATIONS or dtype != "float32":
@@ -240,3 +246,4 @@ def _add_groups(
 
 
 _NETWORKS = {"mlp": MLP, "conv_net": ConvNet, "wide_resnet": WideResNet, "resnet": ResNet}
+_PROMPT_NETWORKS = {"in_context.model.in_context_model": in_context_model}

@@ -4,8 +4,9 @@ Shivam Garg, Dimitris Tsipras, Percy Liang, Gregory Valiant. *What Can Transform
 Study of Simple Function Classes*. NeurIPS 2022 (arXiv 2208.01066). Official code: dtsip/in-context-learning.
 
 A baseline is `predict(xs, ys) -> preds`, [B, K, d], [B, K] -> [B, K]: prediction i is made at x_i from the
-first i pairs of its prompt only, and is 0 for i = 0 (`discrete_mmse`: the prior mean). All prefixes are one
-compiled call, in which the pairs that a prefix does not have are zeros. Matrix products have the highest
+first i pairs of its prompt only, and is 0 for i = 0 (`discrete_mmse`: the prior mean). `predict(xs, ys, query)`
+makes them at query [B, K, d] instead, from the same pairs. All prefixes are one compiled call, in which the
+pairs that a prefix does not have are zeros. Matrix products have the highest
 precision, whatever the accelerator's default. Gradients flow to the query, and into the context of all but
 `newton`, `lasso` and `network_gd`. Only `greedy_tree` and `boosting` run on the host, in scikit-learn, and
 cannot be traced.
@@ -38,10 +39,10 @@ from threadpoolctl import threadpool_limits
 from jaxlab.core import UserError
 from jaxlab.metrics.reductions import masked_mean
 
-Predictor = Callable[[jax.Array, jax.Array], jax.Array]  # xs [B, K, d], ys [B, K] -> preds [B, K]
+Baseline = Callable[..., jax.Array]  # xs [B, K, d], ys [B, K], query=None [B, K, d] -> preds [B, K]
 
 
-def _each_prefix(estimate: Callable[..., jax.Array], key: chex.PRNGKey | None = None) -> Predictor:
+def _each_prefix(estimate: Callable[..., jax.Array], key: chex.PRNGKey | None = None) -> Baseline:
     """Vectorises `estimate(xs, ys, query, count)` over prompts, and runs it for every prefix in turn.
 
     Of `xs` [K, d] and `ys` [K] the first `count` rows are the context, the others are zero; `query` is [d].
@@ -49,15 +50,17 @@ def _each_prefix(estimate: Callable[..., jax.Array], key: chex.PRNGKey | None = 
     """
 
     @jax.jit
-    def predict(xs: jax.Array, ys: jax.Array) -> jax.Array:
+    def predict(xs: jax.Array, ys: jax.Array, query: jax.Array | None = None) -> jax.Array:
+        query = xs if query is None else query
         chex.assert_rank(xs, 3)
+        chex.assert_equal_shape([xs, query])
         chex.assert_shape(ys, xs.shape[:2])
 
         def at(count: jax.Array) -> jax.Array:
             seen = jnp.arange(ys.shape[1]) < count
             keys = () if key is None else (jax.random.split(jax.random.fold_in(key, count), len(ys)),)
             preds = jax.vmap(lambda xs, ys, query, *key: estimate(xs, ys, query, count, *key))(
-                jnp.where(seen[:, None], xs, 0), jnp.where(seen, ys, 0), xs[:, count], *keys
+                jnp.where(seen[:, None], xs, 0), jnp.where(seen, ys, 0), query[:, count], *keys
             )
             return jnp.where(count > 0, preds, 0)
 
@@ -78,7 +81,7 @@ def _cutoff(xs: jax.Array) -> float:
     return max(xs.shape) * float(jnp.finfo(xs.dtype).eps)
 
 
-def least_squares() -> Predictor:
+def least_squares() -> Baseline:
     """Least squares of minimum norm, x_q' X^+ y.
 
     Singular values up to eps max(K, d) times the largest count as zero. Gradients are those at constant
@@ -91,7 +94,7 @@ def least_squares() -> Predictor:
     return _each_prefix(estimate)
 
 
-def ridge(*, lam: float) -> Predictor:
+def ridge(*, lam: float) -> Baseline:
     """Ridge regression, the minimiser of |y - Xw|^2 + lam |w|^2, sums over the examples.
 
     Solved by QR of X above sqrt(lam) I, whose condition number is the square root of that of the normal
@@ -109,7 +112,7 @@ def ridge(*, lam: float) -> Predictor:
     return _each_prefix(estimate)
 
 
-def bayes_ridge(*, sigma: float, tau: float = 1.0) -> Predictor:
+def bayes_ridge(*, sigma: float, tau: float = 1.0) -> Baseline:
     """Ridge with lam = sigma^2 / tau^2: the posterior mean for w ~ N(0, tau^2 I) and noise N(0, sigma^2).
 
     Raises:
@@ -119,7 +122,7 @@ def bayes_ridge(*, sigma: float, tau: float = 1.0) -> Predictor:
     return ridge(lam=(sigma / tau) ** 2)
 
 
-def averaging() -> Predictor:
+def averaging() -> Baseline:
     """x_q' w with w = (1/i) sum_j y_j x_j, the estimate of least squares for a known identity covariance."""
 
     def estimate(xs: jax.Array, ys: jax.Array, query: jax.Array, count: jax.Array) -> jax.Array:
@@ -128,7 +131,7 @@ def averaging() -> Predictor:
     return _each_prefix(estimate)
 
 
-def gradient_descent(*, steps: int, lr: float, reduction: Literal["mean", "sum"] = "mean") -> Predictor:
+def gradient_descent(*, steps: int, lr: float, reduction: Literal["mean", "sum"] = "mean") -> Baseline:
     """Gradient descent on half the squared error of a linear model, from w = 0.
 
     w <- w - lr X'(Xw - y) / i for the mean over the examples, as in von Oswald et al.; without the 1 / i for
@@ -151,7 +154,7 @@ def gradient_descent(*, steps: int, lr: float, reduction: Literal["mean", "sum"]
     return _each_prefix(estimate)
 
 
-def newton(*, steps: int) -> Predictor:
+def newton(*, steps: int) -> Baseline:
     """Newton's iteration for the inverse of A = X'X: M_0 = A / |AA'|_F, M <- M (2I - AM), w = MX'y.
 
     It converges to `least_squares`, the relative error along each eigenvector being squared every step. Fu et
@@ -177,7 +180,7 @@ def newton(*, steps: int) -> Predictor:
     return _each_prefix(estimate)
 
 
-def lasso(*, alpha: float, tol: float = 1e-6, max_iter: int = 10_000) -> Predictor:
+def lasso(*, alpha: float, tol: float = 1e-6, max_iter: int = 10_000) -> Baseline:
     """The minimiser of |y - Xw|^2 / 2i + alpha |w|_1, without an intercept, by FISTA with restarts.
 
     Beck & Teboulle (2009), momentum restarted where it points uphill (O'Donoghue & Candès, 2015). Prompts of
@@ -227,7 +230,7 @@ def lasso(*, alpha: float, tol: float = 1e-6, max_iter: int = 10_000) -> Predict
     return _each_prefix(estimate)
 
 
-def knn(*, k: int = 3, weights: Literal["uniform", "distance"] = "uniform") -> Predictor:
+def knn(*, k: int = 3, weights: Literal["uniform", "distance"] = "uniform") -> Baseline:
     """The mean label of the min(i, k) nearest examples, in Euclidean distance; ties: the earlier one.
 
     Args:
@@ -257,7 +260,7 @@ def knn(*, k: int = 3, weights: Literal["uniform", "distance"] = "uniform") -> P
     return _each_prefix(estimate)
 
 
-def discrete_mmse(*, pool: jax.Array, sigma: float) -> Predictor:
+def discrete_mmse(*, pool: jax.Array, sigma: float) -> Baseline:
     """The posterior mean for y = w'x + N(0, sigma^2) with w uniform on a pool of tasks.
 
     A softmax of the tasks' Gaussian log-likelihoods weights their outputs. Its memory is B M numbers.
@@ -272,21 +275,24 @@ def discrete_mmse(*, pool: jax.Array, sigma: float) -> Predictor:
     _check_positive(sigma=sigma)
 
     @jax.jit
-    def predict(pool: jax.Array, xs: jax.Array, ys: jax.Array) -> jax.Array:
+    def predict(
+        pool: jax.Array, xs: jax.Array, ys: jax.Array, query: jax.Array | None = None
+    ) -> jax.Array:
+        query = xs if query is None else query
+        chex.assert_equal_shape([xs, query])
         chex.assert_shape(pool, (None, xs.shape[2]))
         chex.assert_shape(ys, xs.shape[:2])
 
-        def step(log_likelihood: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            x, y = pair
-            outputs = x @ pool.T
-            pred = jnp.sum(jax.nn.softmax(log_likelihood) * outputs, axis=-1)
-            log_likelihood -= ((y[:, None] - outputs) / sigma) ** 2 / 2
+        def step(log_likelihood: jax.Array, point: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            x, y, query = point
+            pred = jnp.sum(jax.nn.softmax(log_likelihood) * (query @ pool.T), axis=-1)
+            log_likelihood -= ((y[:, None] - x @ pool.T) / sigma) ** 2 / 2
             # Relative to the likeliest task's, so that sums over long prompts stay exact.
             return log_likelihood - jnp.max(log_likelihood, axis=-1, keepdims=True), pred
 
         with jax.default_matmul_precision("highest"):
             uniform = jnp.zeros((len(xs), len(pool)), xs.dtype)
-            return jax.lax.scan(step, uniform, (xs.swapaxes(0, 1), ys.T))[1].T
+            return jax.lax.scan(step, uniform, (xs.swapaxes(0, 1), ys.T, query.swapaxes(0, 1)))[1].T
 
     return functools.partial(predict, jnp.asarray(pool))
 
@@ -311,7 +317,7 @@ def two_layer_network(params: dict[str, dict[str, jax.Array]], xs: jax.Array) ->
 
 def network_gd(
     *, hidden: int = 100, steps: int = 100, lr: float = 5e-3, batch_size: int = 100, seed: int = 0
-) -> Predictor:
+) -> Baseline:
     """A two-layer ReLU network trained by Adam on the context, a new one for each prompt and prefix.
 
     The defaults are the released code's. The paper: 5000 steps on batches of 10, lr 5e-3, or 5e-2 for linear
@@ -359,22 +365,24 @@ def network_gd(
     return _each_prefix(estimate, jax.random.key(seed))
 
 
-def _each_prefix_on_host(regressor: Callable[[], Any], sign: bool) -> Predictor:
+def _each_prefix_on_host(regressor: Callable[[], Any], sign: bool) -> Baseline:
     """`regressor()` is a new scikit-learn estimator, fitted to one prefix of one prompt."""
 
-    def predict(xs: jax.Array, ys: jax.Array) -> np.ndarray:
-        xs, ys = np.sign(xs) if sign else np.asarray(xs), np.asarray(ys)
+    def predict(xs: jax.Array, ys: jax.Array, query: jax.Array | None = None) -> np.ndarray:
+        query = xs if query is None else query
+        xs, query = (np.sign(x) if sign else np.asarray(x) for x in (xs, query))
+        ys = np.asarray(ys)
         preds = np.zeros_like(ys)
         with threadpool_limits(1):  # a fit is too small to share
             for b, i in np.ndindex(ys.shape):
                 if i > 0:
-                    preds[b, i] = regressor().fit(xs[b, :i], ys[b, :i]).predict(xs[b, i : i + 1])[0]
+                    preds[b, i] = regressor().fit(xs[b, :i], ys[b, :i]).predict(query[b, i : i + 1])[0]
         return preds
 
     return predict
 
 
-def greedy_tree(*, max_depth: int | None = None, sign: bool = False, random_state: int = 0) -> Predictor:
+def greedy_tree(*, max_depth: int | None = None, sign: bool = False, random_state: int = 0) -> Baseline:
     """scikit-learn's regression tree, grown greedily. Runs on the host.
 
     Args:
@@ -391,7 +399,7 @@ def greedy_tree(*, max_depth: int | None = None, sign: bool = False, random_stat
 
 def boosting(
     *, n_estimators: int = 50, max_depth: int = 4, learning_rate: float = 0.1, sign: bool = False
-) -> Predictor:
+) -> Baseline:
     """Gradient boosted trees with the objective of XGBoost, by scikit-learn. Runs on the host.
 
     `HistGradientBoostingRegressor` with XGBoost's leaves: L2 penalty 1, a single example allowed. It starts

@@ -299,6 +299,12 @@ def task_pool(
     return function._replace(sample=sample)
 
 
+def pool_weights(function: FunctionClass, *, num_tasks: int, dimension: int, seed: int = 0) -> jax.Array:
+    """The weights [num_tasks, d] of all functions of a linear `task_pool`, in no particular order."""
+    pool = task_pool(function, num_tasks=num_tasks, seed=seed, replace=False)
+    return pool.sample(jax.random.key(0), num_tasks, dimension)["w"]
+
+
 def _per_prompt(
     draw: Callable[[chex.PRNGKey], chex.ArrayTree], key: chex.PRNGKey, batch_size: int
 ) -> chex.ArrayTree:

@@ -82,7 +82,7 @@ def in_context_prompts(
     Args:
       function: what the labels are of.
       batch_size: B.
-      num_points: K, at the end of the curriculum; evaluation prompts may have no more.
+      num_points: K, at the end of the curriculum. Learned positions beyond it are never trained.
       dimension: d, at the end of the curriculum.
       dims_curriculum: {"start", "end", "inc", "interval"} of `curriculum_value` for `n_dims`; always d if
         None. In the paper: 5 to d, 1 more each 2000 steps.
@@ -338,19 +338,32 @@ def gradient_alignment(predict: Predictor, xs: jax.Array, ys: jax.Array, w: jax.
     Returns:
       [B, K]; 0 where either vector is zero, as the projection is for i = 0.
     """
+    gradient, projection = query_gradients(predict, xs, ys), span_projection(xs, w)
+    return jnp.sum(_normalize(gradient) * _normalize(projection), axis=-1)
+
+
+def query_gradients(predict: Predictor, xs: jax.Array, ys: jax.Array) -> jax.Array:
+    """∇_{x_i} ŷ_i for every i; [B, K, d], [B, K] -> [B, K, d]. It takes a backward pass for each i."""
+
+    def gradient(i: jax.Array) -> jax.Array:
+        return jax.grad(lambda xs: jnp.sum(predict(xs, ys)[:, i]))(xs)[:, i]
+
+    return jax.lax.map(gradient, jnp.arange(xs.shape[1])).swapaxes(0, 1)
+
+
+def span_projection(xs: jax.Array, w: jax.Array) -> jax.Array:
+    """The projection of w on the span of x_0, ..., x_{i-1}, for every i; [B, K, d], [B, d] -> [B, K, d]."""
     points = jnp.arange(xs.shape[1])
 
-    def cosine(i: jax.Array) -> jax.Array:
-        gradient = jax.grad(lambda xs: jnp.sum(predict(xs, ys)[:, i]))(xs)[:, i]
+    def projection(i: jax.Array) -> jax.Array:
         seen = jnp.where(points[:, None] < i, xs, 0)
         _, singular, basis = jnp.linalg.svd(seen, full_matrices=False)
         tolerance = max(xs.shape[1:]) * jnp.finfo(xs.dtype).eps * singular[:, :1]
         coordinates = jnp.matmul(basis, w[..., None], precision="highest")[..., 0]
         coordinates = jnp.where(singular > tolerance, coordinates, 0)
-        projection = jnp.matmul(coordinates[:, None], basis, precision="highest")[:, 0]
-        return jnp.sum(_normalize(gradient) * _normalize(projection), axis=-1)
+        return jnp.matmul(coordinates[:, None], basis, precision="highest")[:, 0]
 
-    return jax.lax.map(cosine, points).T
+    return jax.lax.map(projection, points).swapaxes(0, 1)
 
 
 def _normalize(x: jax.Array) -> jax.Array:
