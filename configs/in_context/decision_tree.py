@@ -19,9 +19,7 @@ def get_config(size="cpu", backbone="gpt"):
 
     def errors(num_prompts, baselines):
         kinds = dict(tree=tree)
-        return experiments.errors(
-            dimension, num_points, kinds, num_prompts=num_prompts, baselines=baselines
-        )
+        return experiments.errors(dimension, num_points, kinds, num_prompts=num_prompts, baselines=baselines)
 
     c = experiments.config(size, steps=4000, learning_rate=2e-3)
     c.network = experiments.network(backbone, n_positions=101 if paper else num_points, **model)

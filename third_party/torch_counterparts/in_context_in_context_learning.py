@@ -1,4 +1,4 @@
-"""Counterpart of `in_context.in_context_learning`: squared error on prompts cut at the curriculum's length."""
+"""Counterpart of `in_context.in_context_learning`: squared error on prompts of the curriculum's length."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

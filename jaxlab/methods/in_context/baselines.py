@@ -4,9 +4,9 @@ Shivam Garg, Dimitris Tsipras, Percy Liang, Gregory Valiant. *What Can Transform
 Study of Simple Function Classes*. NeurIPS 2022 (arXiv 2208.01066). Official code: dtsip/in-context-learning.
 
 A baseline is `predict(xs, ys) -> preds`, [B, K, d], [B, K] -> [B, K]: prediction i is made at x_i from the
-first i pairs of its prompt only, and is 0 for i = 0 (`discrete_mmse`: the prior mean). `predict(xs, ys, query)`
-makes them at query [B, K, d] instead, from the same pairs. All prefixes are one compiled call, in which the
-pairs that a prefix does not have are zeros. Matrix products have the highest
+first i pairs of its prompt only, and is 0 for i = 0 (`discrete_mmse`: the prior mean). With a third argument,
+query [B, K, d], prediction i is made at query i from the same pairs. All prefixes are one compiled call, in
+which the pairs that a prefix does not have are zeros. Matrix products have the highest
 precision, whatever the accelerator's default. Gradients flow to the query, and into the context of all but
 `newton`, `lasso` and `network_gd`. Only `greedy_tree` and `boosting` run on the host, in scikit-learn, and
 cannot be traced.
@@ -275,9 +275,7 @@ def discrete_mmse(*, pool: jax.Array, sigma: float) -> Baseline:
     _check_positive(sigma=sigma)
 
     @jax.jit
-    def predict(
-        pool: jax.Array, xs: jax.Array, ys: jax.Array, query: jax.Array | None = None
-    ) -> jax.Array:
+    def predict(pool: jax.Array, xs: jax.Array, ys: jax.Array, query: jax.Array | None = None) -> jax.Array:
         query = xs if query is None else query
         chex.assert_equal_shape([xs, query])
         chex.assert_shape(pool, (None, xs.shape[2]))

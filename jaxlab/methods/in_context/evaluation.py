@@ -176,7 +176,9 @@ def paired_errors(
             for ax, (name, kind) in zip(axes, prompts.items()):
                 for i, algorithm in enumerate(algorithms):
                     at = place(algorithm, name)
-                    interval = [results[f"{at}/{bound}"] for bound in ("low", "high")] if curve == leaf else []
+                    interval = (
+                        [results[f"{at}/{bound}"] for bound in ("low", "high")] if curve == leaf else []
+                    )
                     _draw_curve(ax, algorithm, i, results[f"{at}/{curve}"], *interval)
                 _finish(ax, kind, unit=curve == "error", zero=curve == "accuracy")
             _legend(figure, axes[0])
@@ -224,8 +226,9 @@ def algorithm_distance(
       An evaluator of these curves over i = 0, ..., K - 1 examples, each a mean over prompts. For each
       algorithm, `weight_distance`, |w_network - w_algorithm|² / d, and `gradient_cosine`, of the gradients of
       both predictions in the query (0 where either is zero). For `model`, `linearity`, the fraction of its
-      answers' sum of squares that is linear in the query, and `gradient_alignment` with the projection of w on
-      the span of the examples. `mean_...` of each over i. Plots are `weight_distance` and `gradient_cosine`.
+      answers' sum of squares that is linear in the query, and `gradient_alignment` with the projection of w
+      on the span of the examples. `mean_...` of each over i. Plots are `weight_distance` and
+      `gradient_cosine`.
 
     Raises:
       UserError: no more queries than dimensions, or an argument out of range.
