@@ -278,8 +278,8 @@ def algorithm_distance(
 
     def plot(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
         labels = {
-            "weight_distance": "squared difference of implicit weights, over d",
-            "gradient_cosine": "cosine of gradients in the query",
+            "weight_distance": "implicit weights, |Δw|² / d",
+            "gradient_cosine": "cosine of gradients",
         }
         figures = {}
         for leaf, label in labels.items():
