@@ -10,11 +10,12 @@ bias-conflicting training examples in percent.
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.debiasing import methods
 
 
 def get_config(size="cpu", method="lff", conflicting="5"):
-    methods.check(size, ("cpu", "paper"), "size")
+    check(size, ("cpu", "paper"), "size")
     batch_size, steps_per_epoch = 64, 19
     steps = (100 if size == "cpu" else 400) * steps_per_epoch
     std = 0.005

@@ -13,12 +13,13 @@ times its learning rate for the disentangled method. It has not been run.
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.debiasing import methods
 
 
 def get_config(size="cpu", method="lff", conflicting="1", dataset="mnist"):
-    methods.check(size, ("cpu", "paper"), "size")
-    methods.check(dataset, ("mnist", "fashion_mnist"), "data set")
+    check(size, ("cpu", "paper"), "size")
+    check(dataset, ("mnist", "fashion_mnist"), "data set")
     paper = size == "paper"
     steps_per_epoch = 235 if paper else 32  # of batches of 256, the last of them full here
     std = 0.005  # severity 4, as in the official command; the paper's text has 0.01

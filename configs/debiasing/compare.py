@@ -8,11 +8,12 @@ mnist, fashion_mnist (both prepared, see colored_mnist.py) or digits, which need
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.debiasing import colored_digits, colored_mnist, methods
 
 
 def get_config(size="cpu", conflicting="1", dataset="mnist"):
-    methods.check(dataset, ("mnist", "fashion_mnist", "digits"), "data set")
+    check(dataset, ("mnist", "fashion_mnist", "digits"), "data set")
     c = ConfigDict(sort_keys=False)
     c.stages = ConfigDict(sort_keys=False)
     for method in methods.METHODS:

@@ -15,12 +15,13 @@ run: the images must be fetched first.
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.debiasing import methods
 
 
 def get_config(size="cpu", method="lff", conflicting="1", corruptions="type0", frost_dir=""):
-    methods.check(size, ("cpu", "paper"), "size")
-    methods.check(corruptions, ("type0", "type1", "disentangled"), "family of corruptions")
+    check(size, ("cpu", "paper"), "size")
+    check(corruptions, ("type0", "type1", "disentangled"), "family of corruptions")
     paper = size == "paper"
     epochs, steps_per_epoch = (200, 196) if paper else (20, 8)
 

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
+
 METHODS = {
     "erm": "cross entropy",
     "upweighting": "cross entropy weighted by group, with the attribute labels of all training examples",
@@ -23,11 +25,6 @@ METHODS = {
 
 # Those whose training set keeps what the bias definition needs.
 AMPLIFIED = ("aligned_copy", "bias_only", "two_stage", "oracle_selection", "wrong_definition")
-
-
-def check(choice, known, what):
-    if choice not in known:
-        raise ValueError(f"no {what} {choice!r}; it may be {', '.join(known)}")
 
 
 def aligned_ratio(conflicting):

@@ -9,6 +9,7 @@ configs/in_context/experiments.py; a network and a dimension, if not all of them
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline, prompts
 
@@ -20,13 +21,13 @@ CPU_MODELS = {
 
 
 def get_config(size="cpu", backbone="gpt", model="all", dimension="all"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     models = experiments.MODELS if paper else CPU_MODELS
     dimensions = ("10", "20", "30", "40", "50") if paper else ("1", "2")
-    experiments.get(model, ("all", *models), "network")
-    experiments.get(dimension, ("all", *dimensions), "dimension")
+    check(model, ("all", *models), "network")
+    check(dimension, ("all", *dimensions), "dimension")
 
-    c = experiments.config(size, steps=2000, learning_rate=2e-3)
+    c = experiments.settings(size, steps=2000, learning_rate=2e-3)
     c.seeds = 3
     c.stages = ConfigDict(sort_keys=False)
     for name in models if model == "all" else [model]:

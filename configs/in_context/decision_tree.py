@@ -7,23 +7,21 @@ ms each, and are evaluated on fewer prompts. Those on the signs of the inputs ar
 Arguments: the size, and the backbone, see configs/in_context/experiments.py.
 """
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline
 
 
 def get_config(size="cpu", backbone="gpt"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     dimension, num_points, depth = (20, 101, 4) if paper else (2, 16, 2)
-    model = experiments.MODELS["standard"] if paper else dict(n_embd=64, n_layer=3, n_head=4)
     tree = dict(name="decision_tree", depth=depth)
 
     def errors(num_prompts, baselines):
         kinds = dict(tree=tree)
         return experiments.errors(dimension, num_points, kinds, num_prompts=num_prompts, baselines=baselines)
 
-    c = experiments.config(size, steps=4000, learning_rate=2e-3)
-    c.network = experiments.network(backbone, n_positions=101 if paper else num_points, **model)
-    c.data = experiments.stream(tree, dimension, num_points, curriculum=5 if paper else None)
+    c = experiments.config(size, backbone, tree, dimension, num_points, curriculum=5)
     c.evaluators = dict(
         errors=errors(
             1280,

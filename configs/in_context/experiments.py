@@ -5,22 +5,14 @@ Arguments of each config, in this order: the size, `cpu` or `paper`; the backbon
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
+from jaxlab.methods.in_context.backbones import SIZES
+
 BACKBONES = ("gpt", "gpt_rotary", "linear_attention", "looped", "lstm", "gru", "state_space")
-# Garg et al., arXiv 2208.01066, section 6.
 MODELS = {
-    "tiny": dict(n_embd=64, n_layer=3, n_head=2),
-    "small": dict(n_embd=128, n_layer=6, n_head=4),
-    "standard": dict(n_embd=256, n_layer=12, n_head=8),
+    name: dict(n_embd=size.n_embd, n_layer=size.n_layer, n_head=size.n_head) for name, size in SIZES.items()
 }
 _PAPER_STEPS = 500_001  # the official loop's last step is number 500,000
-
-
-def get(*choices):
-    """The arguments of a config that were checked: `get(size, ("cpu", "paper"), "size")` and so on."""
-    value, known, what = choices
-    if value not in known:
-        raise ValueError(f"no {what} {value!r}; there are: {', '.join(known)}")
-    return value
 
 
 def prompts(name, **keys):
@@ -43,7 +35,7 @@ def network(backbone, *, n_embd, n_layer, n_head, n_positions):
         "gru": dict(name="gru", n_embd=n_embd, n_layer=n_layer),
         "state_space": dict(name="state_space", n_embd=n_embd, n_layer=2 * n_layer),
     }
-    section = sections[get(backbone, BACKBONES, "backbone")]
+    section = sections[check(backbone, BACKBONES, "backbone")]
     return dict(name="in_context.model.in_context_model", backbone=section)
 
 
@@ -71,11 +63,11 @@ def stream(function, dimension, num_points, *, curriculum=None):
     return section
 
 
-def config(size, *, steps, learning_rate, seeds=3):
+def settings(size, *, steps, learning_rate):
     """The flat keys; `paper` has its own steps and rate."""
     c = ConfigDict(sort_keys=False)
     c.seed = 0
-    c.seeds = 1 if size == "paper" else seeds
+    c.seeds = 1 if size == "paper" else 3
     c.batch_size = 64
     c.steps = _PAPER_STEPS if size == "paper" else steps
     c.log_every = 1000 if size == "paper" else 100
@@ -83,4 +75,14 @@ def config(size, *, steps, learning_rate, seeds=3):
     c.checkpoint_every = 5000 if size == "paper" else 500
     c.optimizer = dict(name="adam", learning_rate=1e-4 if size == "paper" else learning_rate)
     c.method = dict(name="in_context.in_context_learning")
+    return c
+
+
+def config(size, backbone, function, dimension, num_points, *, curriculum, n_positions=None):
+    """Training on one function class: in the paper by its standard network and curriculum."""
+    paper = size == "paper"
+    model = MODELS["standard"] if paper else dict(n_embd=64, n_layer=3, n_head=4)
+    c = settings(size, steps=4000, learning_rate=2e-3)
+    c.network = network(backbone, n_positions=101 if paper else n_positions or num_points, **model)
+    c.data = stream(function, dimension, num_points, curriculum=curriculum if paper else None)
     return c

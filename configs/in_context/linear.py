@@ -5,6 +5,7 @@
 Arguments: the size, and the backbone, see configs/in_context/experiments.py.
 """
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline, prompts
 
@@ -12,9 +13,8 @@ FACTORS = {"third": 1 / 3, "half": 0.5, "two": 2.0, "three": 3.0}
 
 
 def get_config(size="cpu", backbone="gpt"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     dimension, num_points = (20, 41) if paper else (2, 5)
-    model = experiments.MODELS["standard"] if paper else dict(n_embd=64, n_layer=3, n_head=4)
     linear = dict(name="linear")
     baselines = dict(
         least_squares=baseline("least_squares"),
@@ -33,9 +33,9 @@ def get_config(size="cpu", backbone="gpt"):
             shift=prompts("scale_x", factor=factor)
         )
 
-    c = experiments.config(size, steps=4000, learning_rate=2e-3)
-    c.network = experiments.network(backbone, n_positions=101 if paper else 2 * num_points, **model)
-    c.data = experiments.stream(linear, dimension, num_points, curriculum=2 if paper else None)
+    c = experiments.config(
+        size, backbone, linear, dimension, num_points, curriculum=2, n_positions=2 * num_points
+    )
     c.evaluators = dict(
         standard=errors(dict(standard=linear)),
         shifts=errors(

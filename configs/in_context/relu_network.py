@@ -6,19 +6,17 @@
 backbone, see configs/in_context/experiments.py.
 """
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline
 
 
 def get_config(size="cpu", backbone="gpt"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     dimension, num_points, hidden = (20, 101, 100) if paper else (2, 11, 4)
-    model = experiments.MODELS["standard"] if paper else dict(n_embd=64, n_layer=3, n_head=4)
     relu_network = dict(name="relu_network", hidden=hidden)
 
-    c = experiments.config(size, steps=4000, learning_rate=2e-3)
-    c.network = experiments.network(backbone, n_positions=101 if paper else num_points, **model)
-    c.data = experiments.stream(relu_network, dimension, num_points, curriculum=5 if paper else None)
+    c = experiments.config(size, backbone, relu_network, dimension, num_points, curriculum=5)
     c.evaluators = dict(
         errors=experiments.errors(
             dimension,

@@ -5,19 +5,17 @@
 Arguments: the size, and the backbone, see configs/in_context/experiments.py.
 """
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline
 
 
 def get_config(size="cpu", backbone="gpt"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     dimension, num_points, sparsity = (20, 41, 3) if paper else (3, 7, 1)
-    model = experiments.MODELS["standard"] if paper else dict(n_embd=64, n_layer=3, n_head=4)
     sparse = dict(name="sparse_linear", sparsity=sparsity)
 
-    c = experiments.config(size, steps=4000, learning_rate=2e-3)
-    c.network = experiments.network(backbone, n_positions=101 if paper else num_points, **model)
-    c.data = experiments.stream(sparse, dimension, num_points, curriculum=2 if paper else None)
+    c = experiments.config(size, backbone, sparse, dimension, num_points, curriculum=2)
     c.evaluators = dict(
         errors=experiments.errors(
             dimension,

@@ -10,18 +10,19 @@ Arguments: the size, and the backbone, see configs/in_context/experiments.py.
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
 from configs.in_context import experiments
 from configs.in_context.experiments import baseline
 
 
 def get_config(size="cpu", backbone="gpt"):
-    paper = experiments.get(size, ("cpu", "paper"), "size") == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     dimension, num_points, noise_std = (8, 16, 0.5) if paper else (2, 8, 0.5)
     model = dict(n_embd=128, n_layer=8, n_head=2) if paper else dict(n_embd=64, n_layer=2, n_head=4)
     pools = [2**power for power in (range(1, 21) if paper else (0, 2, 4, 6))]
     linear, noisy = dict(name="in_context.functions.linear"), dict(name="noisy_linear", noise_std=noise_std)
 
-    c = experiments.config(size, steps=2000, learning_rate=2e-3)
+    c = experiments.settings(size, steps=2000, learning_rate=2e-3)
     c.network = experiments.network(backbone, n_positions=num_points, **model) | dict(layout="own")
     if paper:
         c.batch_size = 256
