@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxlab.core import UserError
@@ -84,6 +85,49 @@ def test_linear_attention_is_the_mean_of_what_was_seen_in_float64():
             score = np.float64(q[:, t] * k[:, s]).sum(-1, keepdims=True) / np.sqrt(5)
             expected[:, t] += score * v[:, s] / (t + 1)
     np.testing.assert_allclose(causal_linear_attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trained_linear_attention_is_one_step_of_gradient_descent():
+    """von Oswald et al. (arXiv 2212.07677): ŷ = (1/N) Σ_j (z_jᵀ A z_q)(z_jᵀ v) on tokens z_j = (x_j, y_j)."""
+    d, num_examples = 5, 10
+
+    def prompts(key, batch_size):
+        weights_key, inputs_key = jax.random.split(key)
+        w = jax.random.normal(weights_key, (batch_size, d))
+        xs = jax.random.uniform(inputs_key, (batch_size, num_examples + 1, d), minval=-1, maxval=1)
+        ys = jnp.einsum("bkd,bd->bk", xs, w)
+        return xs, ys, jnp.concatenate([xs, ys.at[:, -1].set(0)[..., None]], axis=-1)
+
+    def predict(params, tokens):
+        queries = (tokens @ params["A"])[:, :, None] * (d + 1) ** 0.5
+        attended = causal_linear_attention(queries, tokens[:, :, None], tokens[:, :, None])
+        return (num_examples + 1) / num_examples * attended[:, -1, 0] @ params["v"]
+
+    optimizer = optax.adam(1e-3)
+    a_key, v_key, key, test_key = jax.random.split(jax.random.key(0), 4)
+    params = {"A": jax.random.normal(a_key, (d + 1, d + 1)), "v": jax.random.normal(v_key, (d + 1,))}
+    params = jax.tree.map(lambda x: 0.02 * x, params)
+
+    @jax.jit
+    def train(params):
+        def step(carry, i):
+            params, opt_state = carry
+            _, ys, tokens = prompts(jax.random.fold_in(key, i), 512)
+            gradient = jax.grad(lambda params: jnp.mean((predict(params, tokens) - ys[:, -1]) ** 2))(params)
+            updates, opt_state = optimizer.update(gradient, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(6000))[0][0]
+
+    xs, ys, tokens = prompts(test_key, 10_240)
+    predictions, target = predict(train(params), tokens), ys[:, -1]
+    step = jnp.einsum("bkd,bk,bd->b", xs[:, :-1], ys[:, :-1], xs[:, -1])
+    step *= jnp.sum(step * target) / jnp.sum(step**2)  # the best rate
+    error = jnp.mean((step - target) ** 2)
+    np.testing.assert_allclose(jnp.mean((predictions - target) ** 2), error, rtol=0.01)
+    assert error < 0.4 * jnp.mean(target**2)
+    assert jnp.corrcoef(predictions, step)[0, 1] > 0.999
 
 
 def test_selective_scan_is_its_recurrence_in_float64():
