@@ -10,6 +10,11 @@ Biased data sets, with an attribute beside the label (BAR has none):
 python -m launch.prepare_data colored_mnist --source DIR  # train/images.npy, train/attrs.npy, valid/...
 python -m launch.prepare_data bffhq --source bffhq/0.5pct --size 224  # align/0/1_0_0.png, conflict/...
 python -m launch.prepare_data bar --source DIR --size 224 # train/climbing_0.jpg, test/climbing_326.jpg
+
+Data sets with domains or other metadata of each image:
+
+python -m launch.prepare_data waterbirds --source DIR --size 224  # metadata.csv: img_filename,y,split,place
+python -m launch.prepare_data nico_animal --source DIR --size 224 # dog/on_grass/1.jpg, dog/in_street/2.jpg
 """
 
 import argparse
@@ -21,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxlab.core import UserError
-from jaxlab.data import biased, raw, store
+from jaxlab.data import biased, nico, raw, store, wilds
 from launch import cli
 
 _READERS = {"idx": raw.idx_folder, "cifar": raw.cifar_folder, "arrays": biased.array_folder}
@@ -29,6 +34,8 @@ _IMAGE_READERS = {  # these can resize
     "folder": raw.image_folder,
     "biased": biased.biased_folder,
     "flat": biased.flat_folder,
+    "wilds": wilds.metadata_folder,
+    "nico": nico.nico_folder,
 }
 
 
@@ -90,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         help="idx: as MNIST comes; cifar: its python version; folder: domain/class/*.png|jpg;"
         " arrays: images.npy and attrs.npy in train/ and valid/, as LfF makes them;"
         " biased: align|conflict/class/*_<label>_<attribute>.png as BFFHQ comes, valid and test beside them"
-        " or one level up; flat: train|test/<class>_*.jpg as BAR comes",
+        " or one level up; flat: train|test/<class>_*.jpg as BAR comes;"
+        " wilds: metadata.csv with each image's filename, split, label and metadata, as Waterbirds comes;"
+        " nico: class/context/*.jpg of NICO's animals or vehicles, split by context as for DecAug",
     )
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the images of a folder to PIXELS × PIXELS"
@@ -101,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 def _read(source: Path, layout: str, size: int | None) -> raw.RawDataset:
     if layout == "auto":
         layout = raw.find_layout(source)
+        if layout == "folder" and nico.is_nico(source):
+            layout = "nico"
     if size is not None and (layout not in _IMAGE_READERS or not 1 <= size <= 4096):
         raise UserError(
             f"--size {size}: takes 1 to 4096 pixels, and only for image folders (layout '{layout}')."

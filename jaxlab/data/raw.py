@@ -1,6 +1,7 @@
 """Data sets as their authors distribute them: IDX files, CIFAR's pickles, folders of images.
 
-Biased data sets, whose examples have an attribute beside their label, are read in `biased`.
+Biased data sets, whose examples have an attribute beside their label, are read in `biased`; images with a
+table of metadata in `wilds`; NICO, with its contexts, in `nico`.
 
 Nothing here trusts a file. Sizes in a header are compared with the bytes that are there before anything
 of that size is allocated, a pickle can build nothing but plain values, and every failure is a `UserError`
@@ -411,7 +412,7 @@ def _with_image(path: Path, read: Callable[[Image.Image], Any]) -> Any:
 
 
 def find_layout(source: Path) -> str:
-    """The layout of the files in `source`: "idx", "cifar", "arrays", "biased", "flat" or "folder".
+    """The layout of the files in `source`: "idx", "cifar", "arrays", "biased", "wilds", "flat" or "folder".
 
     Raises:
       UserError: there is no such folder, none of the layouts is in it, or several data sets are.
@@ -427,6 +428,8 @@ def find_layout(source: Path) -> str:
         return "arrays"
     if names & {"align", "conflict"}:
         return "biased"
+    if "metadata.csv" in names:
+        return "wilds"
     if image_files(source / "train") and not folders(source / "train"):
         return "flat"
     for folder in folders(source):
@@ -436,6 +439,6 @@ def find_layout(source: Path) -> str:
         return "folder"
     raise UserError(
         f"{source}: expected train-images-idx3-ubyte[.gz] (IDX), data_batch_1 or train (CIFAR pickles),"
-        " train/images.npy (arrays), align/ and conflict/ (biased), train/<class>_*.png|jpg (flat) or"
-        " <domain>/<class>/*.png|jpg (folder)."
+        " train/images.npy (arrays), align/ and conflict/ (biased), metadata.csv (wilds),"
+        " train/<class>_*.png|jpg (flat) or <domain>/<class>/*.png|jpg (folder)."
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.core import Batch, Stream, UserError
+from jaxlab.core.errors import nearest
 from jaxlab.data import store
 from jaxlab.data.permutation import permuted_index
 from jaxlab.data.transforms import Transform, apply
@@ -57,6 +58,29 @@ def resident(
         index = jnp.take_along_axis(orders, (position // size - first_epoch)[None], axis=0)[0]
         examples = {name: column[index] for name, column in columns.items()}
         return apply({**examples, "index": index}, jax.random.fold_in(transform_key, step), transforms)
+
+    return Stream(batch, on_device=True)
+
+
+def sampled(
+    dataset: Mapping[str, np.ndarray], *, batch_size: int, transforms: tuple[Transform, ...] = ()
+) -> Stream:
+    """A stream over a data set that fits on the device, each example drawn at random with replacement.
+
+    Args:
+      dataset: numeric columns of equal length.
+      batch_size: B.
+      transforms: applied in turn; each gets a key of its own at every step.
+    """
+    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
+    chex.assert_equal_shape_prefix(list(columns.values()), 1)
+    size = len(next(iter(columns.values())))
+
+    def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
+        index_key, transform_key = jax.random.split(jax.random.fold_in(key, step))
+        index = jax.random.randint(index_key, (batch_size,), 0, size)
+        examples = {name: column[index] for name, column in columns.items()}
+        return apply({**examples, "index": index}, transform_key, transforms)
 
     return Stream(batch, on_device=True)
 
@@ -104,6 +128,84 @@ def host(
         return jax.device_get(transform(examples, jax.random.fold_in(transform_key, step)))
 
     return Stream(batch, on_device=False)
+
+
+def environments(streams: tuple[Stream, ...]) -> Stream:
+    """Batches of environments (domains, clients), one of each stream: every column becomes [E, n, ...].
+
+    Each has the column `context` [E, n] too, int32: the position of the environment, unless the data sets
+    have a column of that name.
+
+    Args:
+      streams: E streams with batches of one size, of the same columns.
+
+    Raises:
+      UserError: there is none, or some are on the device and others are not.
+    """
+    if len({stream.on_device for stream in streams}) != 1:
+        raise UserError("streams.environments: needs streams, all on the device or all on the host.")
+    on_device = streams[0].on_device
+    numpy = jnp if on_device else np
+
+    def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
+        keys = jax.random.split(key, len(streams))
+        batches = [stream.batch(step, own_key) for stream, own_key in zip(streams, keys)]
+        stacked = jax.tree.map(lambda *x: numpy.stack(x), *batches)
+        shape = stacked["label"].shape
+        context = numpy.broadcast_to(numpy.arange(len(streams), dtype=np.int32)[:, None], shape)
+        return {"context": context, **stacked}
+
+    return Stream(batch, on_device)
+
+
+def grouped(
+    dataset: Mapping[str, np.ndarray],
+    *,
+    group: str = "context",
+    groups_per_batch: int,
+    batch_size: int,
+    transforms: tuple[Transform, ...] = (),
+) -> Stream:
+    """Batches [E, n, ...] of E groups drawn at random, each with n examples of it, with replacement.
+
+    Every group that has examples is equally likely, however many; those of a batch are distinct. It is the
+    group loader of WILDS (Koh, Sagawa et al., ICML 2021).
+
+    Args:
+      dataset: numeric columns of equal length.
+      group: the column that holds an example's group; batches have it as `context` too.
+      groups_per_batch: E.
+      batch_size: n.
+      transforms: applied to the examples [E · n, ...] in turn.
+
+    Raises:
+      UserError: no such column, or fewer groups than a batch needs.
+    """
+    if group not in dataset:
+        raise UserError(f"streams.grouped: no column '{group}'.{nearest(group, dataset)}")
+    groups = np.asarray(dataset[group])
+    values, sizes = np.unique(groups, return_counts=True)
+    if not 0 < groups_per_batch <= len(values):
+        raise UserError(
+            f"streams.grouped: groups_per_batch is {groups_per_batch}; there are {len(values)} groups."
+        )
+    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
+    by_group, counts = jnp.asarray(np.argsort(groups, kind="stable"), jnp.int32), jnp.asarray(sizes)
+    starts = jnp.asarray(np.cumsum(sizes) - sizes)
+
+    def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
+        group_key, row_key, transform_key = jax.random.split(jax.random.fold_in(key, step), 3)
+        chosen = jax.random.permutation(group_key, len(values))[:groups_per_batch]
+        rows = jax.random.randint(row_key, (groups_per_batch, batch_size), 0, counts[chosen][:, None])
+        index = by_group[starts[chosen][:, None] + rows].ravel()
+        examples = {name: column[index] for name, column in columns.items()}
+        examples = apply(
+            {**examples, "context": columns[group][index], "index": index}, transform_key, transforms
+        )
+        shape = groups_per_batch, batch_size
+        return jax.tree.map(lambda column: column.reshape(*shape, *column.shape[1:]), examples)
+
+    return Stream(batch, on_device=True)
 
 
 def with_auxiliary(stream: Stream, auxiliary: Stream) -> Stream:

@@ -36,7 +36,8 @@ def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
     return _ACTIVATIONS[name]
 
 
-def _symmetric_uniform(bound: float) -> Initializer:
+def symmetric_uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -61,7 +62,7 @@ def dense(
       bias_init: of the bias [F]; U(±1/√D) if None.
       dtype: what it computes in; its parameters are float32.
     """
-    bias_init = bias_init or _symmetric_uniform(x.shape[-1] ** -0.5)
+    bias_init = bias_init or symmetric_uniform(x.shape[-1] ** -0.5)
     layer = nn.Dense(
         features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name
     )

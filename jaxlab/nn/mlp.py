@@ -25,6 +25,7 @@ class MLP(nn.Module):
     use_bias: bool
     dropout_rate: float
     kernel_init: Initializer
+    bias_init: Initializer | None
     dtype: jnp.dtype
 
     @nn.compact
@@ -37,6 +38,7 @@ class MLP(nn.Module):
                 name=f"dense{i}",
                 use_bias=self.use_bias,
                 kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
                 dtype=self.dtype,
             )
             if self.norm is None:
@@ -50,7 +52,7 @@ class MLP(nn.Module):
                     name=f"norm{i}",
                 )
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        return classify(x, self.num_classes, kernel_init=self.kernel_init)
+        return classify(x, self.num_classes, kernel_init=self.kernel_init, bias_init=self.bias_init)
 
 
 def mlp(
@@ -63,6 +65,7 @@ def mlp(
     use_bias: bool | None = None,
     dropout_rate: float = 0.0,
     kernel_init: Initializer = FAN_IN_UNIFORM,
+    bias_init: Initializer | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
     """A multi-layer perceptron on flattened inputs [B, ...], initialised as PyTorch does by default.
@@ -76,7 +79,8 @@ def mlp(
       use_bias: whether the hidden layers have a bias. None: they do, unless a normalisation follows
         immediately, which would cancel it.
       dropout_rate: the share of hidden units, after activation and normalisation, that training drops.
-      kernel_init: of every kernel; biases start at U(±1/√fan_in).
+      kernel_init: of every kernel.
+      bias_init: of every bias; U(±1/√fan_in) if None.
       dtype: what the hidden layers compute in; parameters, statistics, features and logits are float32.
 
     Raises:
@@ -93,6 +97,7 @@ def mlp(
         use_bias=use_bias,
         dropout_rate=dropout_rate,
         kernel_init=kernel_init,
+        bias_init=bias_init,
         dtype=jnp.dtype(dtype),
     )
     return from_linen(module)

@@ -124,7 +124,28 @@ def test_biased_image_files_are_resized_and_arrays_are_not(tmp_path, biased_file
         assert store.arrays("colors", "test", data_dir)["image"].shape == (3, 4, 4, 3)
 
 
-def test_help_has_an_example_of_each_biased_layout(capsys):
+def test_a_table_of_metadata_and_nico_come_back_with_their_columns(tmp_path, capsys):
+    files = tmp_path / "files"
+    for name in ("dog/on_grass/1.png", "dog/running/1.png", "dog/in_street/1.png"):
+        (files / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(files / name)
+    data_dir = str(tmp_path / "store")
+    arguments = ["--source", str(files), "--data_dir", data_dir, "--size", "4"]
+    prepare_data.main(["nico_dog", *arguments])
+    assert "(train 1, val 1, test 1)" in capsys.readouterr().out
+    columns = store.arrays("nico_dog", "train+test", data_dir)
+    assert columns["image"].shape == (2, 4, 4, 3)
+    assert sorted(columns["context"]) == [0, 1]  # of in_street, on_grass, running
+
+    rows = ["path,y,split,place", "dog/on_grass/1.png,0,train,4", "dog/running/1.png,1,test,4"]
+    (files / "metadata.csv").write_text("\n".join(rows))
+    prepare_data.main(["by_table", *arguments])
+    assert "(train 1, test 1)" in capsys.readouterr().out
+    columns = store.arrays("by_table", "test", data_dir)
+    assert (columns["label"].tolist(), columns["place"].tolist()) == ([1], [0])
+
+
+def test_help_has_an_example_of_each_layout_with_attributes_or_metadata(capsys):
     with pytest.raises(SystemExit):
         prepare_data.main(["--help"])
     out = capsys.readouterr().out
@@ -132,7 +153,9 @@ def test_help_has_an_example_of_each_biased_layout(capsys):
         "train/images.npy",
         "align/0/1_0_0.png",
         "train/climbing_0.jpg",
-        "arrays,folder,biased,flat",
+        "arrays,folder,biased,flat,wilds,nico",
+        "metadata.csv: img_filename,y,split,place",
+        "dog/on_grass/1.jpg",
     ):
         assert example in out
 

@@ -1,0 +1,1 @@
+"""Domain generalisation: training on several environments, for one that was never seen."""
