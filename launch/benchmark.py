@@ -370,6 +370,8 @@ def _save_datasets(section: Mapping[str, Any], data_dir: str | None, folder: Pat
             value = str(path)
         elif isinstance(value, Mapping):
             value = _save_datasets(value, data_dir, folder)
+        elif isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+            value = [_save_datasets(part, data_dir, folder) for part in value]
         saved[key] = value
     return saved
 

@@ -144,7 +144,7 @@ def domainbed(paper, method, trial):
             method,
             network=network,
             num_classes=2,
-            num_environments=2,
+            num_contexts=2,
             anneal_steps=500 if paper else 100,
             learning_rate=1e-3,
         )

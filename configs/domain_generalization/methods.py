@@ -25,27 +25,25 @@ def prefix(name, **keys):
     return dict(name=f"domain_generalization.{name}", **keys)
 
 
-def stage(
-    method, *, network, num_classes, num_environments, anneal_steps, learning_rate, reset_optimizer=True
-):
+def stage(method, *, network, num_classes, num_contexts, anneal_steps, learning_rate, reset_optimizer=True):
     """The sections `method` and `network` of a method on minibatches.
 
     Args:
       method: a key of METHODS.
       network: section of a classifier without its number of classes.
       num_classes: of the classifier.
-      num_environments: that are trained on; also the number of contexts.
+      num_contexts: that an example may be of; the environments, or a section that counts them.
       anneal_steps: of IRM and V-REx.
       learning_rate: of the adversary and its network's own Adam.
       reset_optimizer: of IRM and V-REx.
     """
     check(method, METHODS, "method")
     adversary = dict(
-        discriminator_network=dict(name="mlp", num_classes=num_environments, hidden=[256, 256]),
+        discriminator_network=dict(name="mlp", num_classes=num_contexts, hidden=[256, 256]),
         discriminator_optimizer=dict(name="adam", learning_rate=learning_rate, b1=0.5, b2=0.9),
         optimizer=dict(name="adam", learning_rate=learning_rate, b1=0.5, b2=0.9),
     )
-    heads = dict(num_classes=num_classes, num_contexts=num_environments)
+    heads = dict(num_classes=num_classes, num_contexts=num_contexts)
     annealed = dict(anneal_steps=anneal_steps, reset_optimizer=reset_optimizer)
     nothing = dict(lambda_category=0.0, lambda_context=0.0, lambda_orth=0.0, radius=0.0)
     section = {

@@ -74,7 +74,7 @@ def get_config(size="cpu", method="erm", dataset="pacs", trial="0"):
             method,
             network=network,
             num_classes=num_classes,
-            num_environments=len(names) - 1,
+            num_contexts=len(names) - 1,
             anneal_steps=500 if paper else 100,
             learning_rate=5e-5 if paper else 1e-3,
         )

@@ -6,10 +6,10 @@ The contract: a file is a method, its name with underscores for dots (`supervise
 It has one function, `make_update(config, network, batch, **keys) -> update`. `config` is the plain config of
 an experiment, `keys` those of its method section, `network` a module from images [B, C, H, W] to logits
 [B, K] that has its initial weights, and `batch` a first batch: {"image": [B, C, H, W], "label": [B], "index":
-[B]}, with a second one under "auxiliary" where the method takes outliers; or, for in-context learning, {"xs":
-[B, K, d], "ys": [B, K]}, from which `network` makes predictions [B, K]. `update(batch)` makes one training
-step and returns its loss, a scalar tensor. What a config asks for and is not written here raises
-`NoCounterpart`.
+[B]}, with a second one under "auxiliary" where the method takes outliers; of environments, [E, n] for [B];
+or, for in-context learning, {"xs": [B, K, d], "ys": [B, K]}, from which `network` makes predictions [B, K].
+`update(batch)` makes one training step and returns its loss, a scalar tensor. What a config asks for and is
+not written here raises `NoCounterpart`.
 """
 
 import inspect

@@ -64,7 +64,8 @@ def make_step(config: Mapping[str, Any], device: str) -> Callable[[], None]:
         torch.manual_seed(seed)
         batch = sample()
         inputs = batch["image" if "image" in batch else "xs"]
-        network = make_network(config["network"], inputs.shape[1:]).to(device)
+        leading = batch["label"].ndim if "label" in batch else 1  # of environments [E, n, ...] two
+        network = make_network(config["network"], inputs.shape[leading:]).to(device)
         updates.append(call(methods, config["method"], config, network, batch))
 
     def step() -> None:

@@ -4,7 +4,7 @@ Prompts of in-context learning are sampled on the host at every step, as in dtsi
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,12 @@ def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> 
         return lambda: {**main(), "auxiliary": auxiliary()}
     if section["name"] == "in_context.prompts.in_context_prompts":
         return call({section["name"]: _prompts}, section, device, batch_size)
-    if section["name"] != "streams.resident":
+    if section["name"] == "streams.environments":
+        samples = [make_sample(s, batch_size=batch_size, device=device) for s in section["streams"]]
+        return lambda: _stack([sample() for sample in samples])
+    if section["name"] == "domain_generalization.colored_mnist.full_batch":
+        return call({section["name"]: _colored_mnist}, section, device)
+    if section["name"] not in ("streams.resident", "streams.sampled"):
         raise NoCounterpart(f"no counterpart of {section['name']}")
     with np.load(section["dataset"]) as columns:
         tensors = {name: torch.from_numpy(columns[name]).to(device) for name in columns}
@@ -48,6 +53,36 @@ def make_sample(section: Mapping[str, Any], *, batch_size: int, device: str) -> 
         return batch
 
     return sample
+
+
+def _stack(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _colored_mnist(
+    device: str,
+    *,
+    dataset: str,
+    flips: Sequence[float] = (0.2, 0.1),
+    stride: int = 2,
+    context: str = "environment",
+    transforms: Sequence[Mapping[str, Any]] = (),
+) -> Callable[[], dict[str, torch.Tensor]]:
+    """One batch, made once, as in the official code."""
+    with np.load(dataset) as columns:
+        order = torch.randperm(len(columns["label"]))
+        images, digits = (torch.from_numpy(columns[name])[order] for name in ("image", "label"))
+    environments = []
+    for index, flip in enumerate(flips):
+        gray = images[index :: len(flips), ::stride, ::stride, 0].float() / 255
+        label = (digits[index :: len(flips)] < 5) ^ (torch.rand(len(gray)) < 0.25)
+        color = label ^ (torch.rand(len(gray)) < flip)
+        image = gray[:, None] * torch.stack([~color, color], dim=1)[:, :, None, None]
+        environments.append({"image": image.to(device), "label": label.long().to(device)})
+    batch = _stack(environments)
+    for transform in transforms:
+        batch["image"] = call(_TRANSFORMS, transform, device)(batch["image"])
+    return lambda: batch
 
 
 def _prompts(
@@ -107,7 +142,12 @@ def _random_flip(device: str) -> Transform:
     return flip
 
 
+def _without_color(device: str) -> Transform:
+    return lambda image: image.sum(-3, keepdim=True)
+
+
 _TRANSFORMS = {
+    "domain_generalization.colored_mnist.without_color": _without_color,
     "transforms.standardize": _standardize,
     "transforms.random_crop": _random_crop,
     "transforms.random_flip": _random_flip,

@@ -1,7 +1,7 @@
 """The networks of `jaxlab.nn` as PyTorch modules, whose submodules have the names of our parameters.
 
 They take images [B, C, H, W] and return logits [B, K]. PyTorch's default initialisation stands in for
-`kernel_init`: it has no part in the speed of a step.
+`kernel_init` and `bias_init`: it has no part in the speed of a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ def make_network(section: Mapping[str, Any], image_shape: Sequence[int]) -> nn.M
     """
     if section["name"] in _PROMPT_NETWORKS:
         return call(_PROMPT_NETWORKS, section, image_shape)
-    keys = {key: value for key, value in section.items() if key != "kernel_init"}
+    keys = {key: value for key, value in section.items() if key not in ("kernel_init", "bias_init")}
     activation, dtype = keys.pop("activation", "relu"), keys.pop("dtype", "float32")
     if activation not in _ACTIVATIONS or dtype != "float32":
         raise NoCounterpart(f"no counterpart of {activation} in {dtype}")

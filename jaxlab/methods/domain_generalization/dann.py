@@ -104,14 +104,15 @@ def dann(
 ) -> Method:
     """Alternates: d_steps of the discriminator on its loss, one of the network on risk - weight · that loss.
 
-    Metrics of every step, whatever it trains: `loss`, mean_e L_e; `accuracy`; `discriminator_loss`, its cross
-    entropy, and `discriminator_accuracy`.
+    What the discriminator is to tell is an example's `context` [E, n], or its environment where a batch has
+    none. Metrics of every step, whatever it trains: `loss`, mean_e L_e; `accuracy`; `discriminator_loss`, its
+    cross entropy, and `discriminator_accuracy`.
 
     Args:
       network: a classifier of images, whose "features" the discriminator sees.
       optimizer: of the network; in DomainBed Adam with b1 = 0.5, b2 = 0.9.
-      discriminator_network: from features [B, F] to E logits; in DomainBed an MLP of width 256 and depth 3.
-        Its variables must be parameters only.
+      discriminator_network: from features [B, F] to a logit for each context; in DomainBed an MLP of width
+        256 and depth 3. Its variables must be parameters only.
       discriminator_optimizer: likewise Adam.
       weight: λ.
       d_steps: steps of the discriminator between two of the network.
@@ -141,7 +142,8 @@ def dann(
 
     def update(state: DANNState, batch: Batch, key: chex.PRNGKey) -> tuple[DANNState, dict[str, jax.Array]]:
         labels, (network_key, discriminator_key) = batch["label"], jax.random.split(key)
-        env_ids = jnp.repeat(jnp.arange(len(labels)), labels.shape[1])
+        positions = jnp.broadcast_to(jnp.arange(len(labels))[:, None], labels.shape)
+        env_ids = merge(batch.get("context", positions))
 
         def discriminate(params: Any, features: jax.Array) -> jax.Array:
             outputs, _ = discriminator_network.apply(

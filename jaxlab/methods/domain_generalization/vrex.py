@@ -33,7 +33,10 @@ def vrex_penalty(risks: jax.Array, kind: Kind = "variance") -> jax.Array:
         return jnp.mean(jnp.square(risks - risks.mean()))
     first, second = jnp.triu_indices(len(risks), k=1)
     differences = risks[first] - risks[second]
-    return jnp.sum(jnp.square(differences) if kind == "pair_square" else jnp.abs(differences))
+    if kind == "pair_square":
+        return jnp.sum(jnp.square(differences))
+    # The gradient of jnp.abs at 0 is 1, which would push equal risks apart.
+    return jnp.sum(differences * jnp.sign(differences))
 
 
 def vrex(
