@@ -18,6 +18,7 @@ CONFIGS = sorted(
     path for path in Path(__file__).parents[1].glob("configs/*/*.py") if "def get_config(" in path.read_text()
 )
 DEBIASING = Path(__file__).parents[1] / "configs" / "debiasing"
+DOMAIN_GENERALIZATION = Path(__file__).parents[1] / "configs" / "domain_generalization"
 ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
 
 
@@ -48,7 +49,9 @@ def offline(data_dir, monkeypatch):
 
 @pytest.mark.parametrize("size", ["cpu", "paper"])
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.parent != DEBIASING], ids=lambda p: f"{p.parent.name}/{p.stem}"
+    "path",
+    [p for p in CONFIGS if p.parent not in (DEBIASING, DOMAIN_GENERALIZATION)],
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_a_config_builds(path, size):
     config = experiment.load_config(f"{path}:{size}", ONE_DEVICE)
@@ -96,6 +99,62 @@ def test_every_method_of_debiasing_builds_and_has_what_its_evaluators_need(metho
 )
 def test_a_config_of_debiasing_builds(file_and_arguments):
     experiment.check_stages(experiment.load_config(f"{DEBIASING}/{file_and_arguments}", ONE_DEVICE))
+
+
+@pytest.fixture
+def any_data(monkeypatch):
+    """A few black images in place of every data set and split, the large ones too."""
+    shapes = {"mnist": (28, 28, 1), "pacs": (256, 256, 3), "office_home": (64, 64, 3)}
+
+    def arrays(dataset, split, data_dir=None):
+        rows = np.arange(120, dtype=np.int32)
+        image = np.zeros((120, *shapes.get(dataset, (64, 64, 3))), np.uint8)
+        return {"image": image, "label": rows % 7, "context": rows % 12}
+
+    monkeypatch.setattr(store, "arrays", arrays)
+    monkeypatch.setattr(store, "num_classes", lambda dataset, data_dir=None, feature="label": 12)
+
+
+# A method for each kind of state, head and build.
+@pytest.mark.parametrize(
+    "file_and_arguments",
+    [
+        *(f"colored_mnist.py:cpu,{method}" for method in ("oracle", "irm", "mm_rex", "decaug_environments")),
+        "colored_mnist.py:paper,vrex",
+        "colored_mnist.py:paper,cdann,domainbed,3",
+        *(f"contexts.py:cpu,{method}" for method in ("erm", "dann", "coral", "erm_on_decaug_head")),
+        "contexts.py:paper,mmd,rotations,1",
+        "contexts.py:cpu,mixup,contexts,0,pairs",
+        "pacs.py",
+        "pacs.py:paper,irm",
+        "pacs.py:paper,decaug",
+        "pacs.py:cpu,group_dro,office_home",
+        "nico.py",
+        "nico.py:paper,decaug_paper,vehicle",
+        "nico.py:cpu,group_dro",
+        "nico.py:cpu,cdann",
+    ],
+)
+def test_a_config_of_domain_generalization_builds(file_and_arguments, any_data):
+    config = experiment.load_config(f"{DOMAIN_GENERALIZATION}/{file_and_arguments}", ONE_DEVICE)
+    stages = list(configs.stage_configs(config).items()) or [("", config)]
+    for stage, stage_config in [stages[0], stages[-1]]:  # between them only the held-out domain differs
+        parts = experiment.build_parts(stage_config, stage)
+        _, metrics = check_fit(parts.make_method, parts.stream)
+        assert set(metrics) >= {"loss", "accuracy"}
+        assert parts.evaluators
+
+
+@pytest.mark.parametrize("problem", ["irm", "domainbed", "contexts", "rotations"])
+def test_the_comparison_has_every_method_as_its_own_config_trains_it(problem):
+    config = experiment.load_config(f"{DOMAIN_GENERALIZATION}/compare.py:cpu,{problem}")
+    compared = configs.stage_configs(config)
+    if problem in ("irm", "domainbed"):
+        one = {"irm": experiment.load_config(f"{DOMAIN_GENERALIZATION}/colored_mnist.py:cpu,irm,{problem}")}
+    else:
+        own = experiment.load_config(f"{DOMAIN_GENERALIZATION}/contexts.py:cpu,irm,{problem}")
+        one = {f"irm_{domain}": stage for domain, stage in configs.stage_configs(own).items()}
+    assert {name: compared[name] for name in one} == one
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ A stage for each held-out domain. Arguments, in this order: the size; the method
 `pairs` too, which selection by leaving one domain out needs.
 
 `cpu`: 1,250 digits a domain, of which 1,000 are trained on, 14×14, an MLP, 700 steps of 21 digits a domain;
-DecAug and ERM on its head with SGD, the others with Adam. `paper`: 12,000 digits a domain (10,000 of rotations), 28×28, the protocol of DomainBed.
+DecAug and ERM on its head with SGD, the others with Adam. `paper`: 12,000 digits a domain (10,000 of
+rotations), 28×28, the protocol of DomainBed.
 """
 
 import itertools
