@@ -318,7 +318,7 @@ def cifar_folder(source: Path) -> RawDataset:
 def image_folder(source: Path, size: int | None = None) -> RawDataset:
     """Reads `domain/class/*.png|jpg`; each domain becomes a split, and the feature `domain`.
 
-    A domain is thus chosen with TFDS's own split strings: `"photo"`, `"photo[:80%]"`, `"photo+sketch"`,
+    A space in a domain's name becomes _ there. A domain is thus chosen with TFDS's own split strings: `"photo"`, `"photo[:80%]"`, `"photo+sketch"`,
     `"all"`. Folders named `train` and `test` in place of domains become the usual splits. Images become
     RGB; files that are so already are stored as they are.
 
@@ -332,10 +332,13 @@ def image_folder(source: Path, size: int | None = None) -> RawDataset:
     """
     paths = {}
     for folder in folders(source):
-        if not re.fullmatch(r"[A-Za-z_]\w*", folder.name, re.ASCII) or folder.name == "all":
+        name = folder.name.replace(" ", "_")  # OfficeHome has "Real World"
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name == "all":
             raise UserError(f"{folder}: cannot be the name of a split; use letters, digits and _.")
-        paths[folder.name] = [path for f in folders(folder) for path in image_files(f)]
-        if not paths[folder.name]:
+        if name in paths:
+            raise UserError(f"{folder}: another folder has this name, with _ for a space; rename one.")
+        paths[name] = [path for f in folders(folder) for path in image_files(f)]
+        if not paths[name]:
             raise UserError(f"{folder}: no images; expected {folder}/<class>/*.png or *.jpg.")
     if not paths:
         raise UserError(f"{source}: no folders; expected {source}/<domain>/<class>/*.png or *.jpg.")

@@ -237,6 +237,15 @@ def test_an_image_folder_has_a_split_for_each_domain(tmp_path):
     assert example["image"].mode == "RGB"
 
 
+def test_a_domain_whose_name_has_a_space_is_a_split_with_an_underscore(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "photo").rename(tmp_path / "real photo")
+    assert raw.image_folder(tmp_path).classes["domain"] == ["real_photo", "sketch"]
+    (tmp_path / "sketch").rename(tmp_path / "real_photo")
+    with pytest.raises(UserError, match="another folder has this name"):
+        raw.image_folder(tmp_path)
+
+
 def test_images_of_several_sizes_have_no_fixed_shape_until_resized(tmp_path):
     write_images(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "photo" / "cat" / "2.png")
@@ -282,6 +291,6 @@ def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "cat" / "1.png")
     with pytest.raises(UserError, match="<class>"):
         raw.image_folder(tmp_path)
-    write_images(tmp_path / "other", domains=("my photos",))
+    write_images(tmp_path / "other", domains=("my-photos",))
     with pytest.raises(UserError, match="name of a split"):
         raw.image_folder(tmp_path / "other")
