@@ -1,16 +1,20 @@
 """Batches of three environments, and networks in PyTorch, in float64, that start with the weights of ours."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 
+from jaxlab.methods.domain_generalization.erm import erm
 from jaxlab.nn.mlp import mlp
 
 ENVIRONMENTS, SIZE, CLASSES, WIDTH, STEPS = 3, 8, 3, 5, 6
 KEY, LR = jax.random.key(0), 1e-2
 NETWORK, ONE_LOGIT = mlp(CLASSES, hidden=(WIDTH,)), mlp(1, hidden=(WIDTH,))
 OPTIMIZER = optax.adam(LR)
+ERM = erm(NETWORK, OPTIMIZER)
 
 
 def batches(environments: int = ENVIRONMENTS, classes: int = CLASSES) -> list[dict[str, np.ndarray]]:
@@ -63,17 +67,19 @@ def assert_follows(method, torch_loss, trajectory=BATCHES, reset_at=None):
     """A method's updates, compiled once, are those of torch's Adam on a loss.
 
     `torch_loss(step, logits, features, labels, layers) -> (loss, metrics)`: of lists, one tensor for each
-    environment. With `reset_at` there is a new Adam before that step.
+    environment. With `reset_at` there is a new Adam before that step. Where a batch of the trajectory is a
+    pair, torch sees the second one.
     """
     torch = pytest.importorskip("torch")
-    state, update = method.init(KEY, trajectory[0]), jax.jit(method.update)
+    pairs = [batch if isinstance(batch, tuple) else (batch, batch) for batch in trajectory]
+    state, update = method.init(KEY, pairs[0][0]), jax.jit(method.update)
     layers = torch_layers(state.variables["params"])
     tensors = jax.tree.leaves(layers)
     optimizer = torch.optim.Adam(tensors, lr=LR)
-    for step, batch in enumerate(trajectory):
+    for step, (batch, of_torch) in enumerate(pairs):
         if step == reset_at:
             optimizer = torch.optim.Adam(tensors, lr=LR)
-        images, labels = torch_batch(batch)
+        images, labels = torch_batch(of_torch)
         logits, features = zip(*[torch_mlp(layers, x) for x in images])
         loss, expected = torch_loss(step, logits, features, labels, layers)
         optimizer.zero_grad()
@@ -87,6 +93,12 @@ def assert_follows(method, torch_loss, trajectory=BATCHES, reset_at=None):
     return state
 
 
+@functools.cache
+def _with_jacobian(function, arguments):
+    jacobian = jax.jacrev(function, argnums=tuple(range(arguments)))
+    return jax.jit(lambda *x: (function(*x), jacobian(*x)))
+
+
 def assert_gradients(function, torch_function, *arrays):
     """The scalars {name: value} of all arguments, and their gradients, agree in float64."""
     torch = pytest.importorskip("torch")
@@ -94,8 +106,7 @@ def assert_gradients(function, torch_function, *arrays):
     tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
     expected = torch_function(*tensors)
     with jax.enable_x64(True):
-        jacobian = jax.jacrev(function, argnums=tuple(range(len(arrays))))
-        values, gradients = jax.jit(lambda *x: (function(*x), jacobian(*x)))(*arrays)
+        values, gradients = jax.device_get(_with_jacobian(function, len(arrays))(*arrays))
     assert set(values) == set(expected)
     for name, value in expected.items():
         assert values[name].dtype == np.float64
