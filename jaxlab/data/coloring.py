@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxlab.core import UserError
+from jaxlab.data.pooling import mean_pool
 
 Dataset = Mapping[str, np.ndarray]
 Array = np.ndarray | jax.Array
@@ -119,17 +120,15 @@ def colored_digits(
         `make_bias_attributes`.
     """
     image, label = dataset["image"], dataset["label"]
-    count, height, width, channels = image.shape
+    count, channels = len(image), image.shape[-1]
     if channels != 1:
         raise UserError(f"coloring.colored_digits: images have {channels} channels; give grey ones.")
-    if pool < 1 or height % pool or width % pool:
-        raise UserError(f"coloring.colored_digits: pool is {pool}; it must divide {height} × {width}.")
     if image.min() < 0 or image.max() > maximum:
         raise UserError(
             f"coloring.colored_digits: maximum is {maximum}, but pixels are in {image.min()}..{image.max()}."
         )
-    squares = image.reshape(count, height // pool, pool, width // pool, pool)
-    gray = np.rint(squares.mean((2, 4), dtype=np.float32) * (255 / maximum)).astype(np.uint8)
+    pooled = mean_pool(dataset, pool=pool)["image"][..., 0]
+    gray = np.rint(pooled * (255 / maximum)).astype(np.uint8)
     num_attrs = len(MEAN_COLOR)
     attribute = make_bias_attributes(label, 1 / num_attrs if balanced else aligned_ratio, num_attrs)
     noise = np.random.default_rng(seed).standard_normal((count, 3), dtype=np.float32)

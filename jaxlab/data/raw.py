@@ -318,9 +318,9 @@ def cifar_folder(source: Path) -> RawDataset:
 def image_folder(source: Path, size: int | None = None) -> RawDataset:
     """Reads `domain/class/*.png|jpg`; each domain becomes a split, and the feature `domain`.
 
-    A space in a domain's name becomes _ there. A domain is thus chosen with TFDS's own split strings: `"photo"`, `"photo[:80%]"`, `"photo+sketch"`,
-    `"all"`. Folders named `train` and `test` in place of domains become the usual splits. Images become
-    RGB; files that are so already are stored as they are.
+    A space in a domain's name becomes _ there. A domain is thus chosen with TFDS's own split strings:
+    `"photo"`, `"photo[:80%]"`, `"photo+sketch"`, `"all"`. Folders named `train` and `test` in place of
+    domains become the usual splits. Images become RGB; files that are so already are stored as they are.
 
     Args:
       source: the folder of the domains.

@@ -68,3 +68,68 @@ def test_pixel_permutation_keeps_each_images_pixels_and_is_fresh_for_each():
 def test_the_seed_decides(build):
     np.testing.assert_array_equal(build(3)["image"], build(3)["image"])
     assert (build(3)["image"] != build(4)["image"]).any()
+
+
+RGB = {"image": np.random.default_rng(1).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)}
+
+
+def test_means_of_two_images_are_of_two_different_ones():
+    few = {"image": np.uint8([1, 4, 16])[:, None, None, None]}
+    arithmetic = outliers.arithmetic_mean(few, count=200)["image"].ravel()
+    geometric = outliers.geometric_mean(few, count=200)["image"].ravel()
+    assert set(arithmetic) == {2.5, 8.5, 10.0}
+    assert set(geometric) == {2.0, 4.0, 8.0}
+    with pytest.raises(UserError, match="two"):
+        outliers.arithmetic_mean({"image": few["image"][:1]}, count=2)
+
+
+def test_the_official_jigsaw_pixel_by_pixel():
+    # Of a 4 × 4 image the quadrants are a, b above c, d, and the halves that are exchanged single lines.
+    image = np.arange(16).reshape(1, 4, 4, 1)
+    expected = [[4, 5, 8, 9], [0, 1, 12, 13], [10, 11, 3, 2], [14, 15, 7, 6]]
+    np.testing.assert_array_equal(outliers.quadrant_jigsaw({"image": image})["image"][0, ..., 0], expected)
+    with pytest.raises(UserError, match="multiples of 4"):
+        outliers.quadrant_jigsaw({"image": IMAGE})
+
+
+def test_speckle_scales_pixels_and_leaves_black_black():
+    gray = {"image": np.float32([0, 100, 255])[:, None, None, None] * np.ones((1, 50, 50, 1), np.float32)}
+    black, middle, white = outliers.speckle(gray, maximum=255)["image"]
+    assert (black == 0).all()
+    np.testing.assert_allclose(np.median(middle), 100, atol=5)
+    assert white.min() == 0
+    assert white.max() == 255
+
+
+def test_pixelate_shows_means_of_boxes():
+    pixelated = outliers.pixelate(RGB, size=4)["image"]
+    boxes = RGB["image"].reshape(12, 4, 2, 4, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(pixelated, boxes.repeat(2, 1).repeat(2, 2), atol=1.01)  # rounded twice
+    gray = {"image": RGB["image"][..., :1]}
+    np.testing.assert_array_equal(outliers.pixelate(gray, size=4)["image"], pixelated[..., :1])
+
+
+def test_channels_are_exchanged_and_inverted():
+    red, green, blue = np.moveaxis(RGB["image"], -1, 0)
+    ghost = outliers.rgb_ghost(RGB)["image"]
+    np.testing.assert_array_equal(ghost, np.stack([green[:, :, ::-1], blue, red], -1))
+    inverted = outliers.partly_inverted(RGB, maximum=255)["image"]
+    np.testing.assert_array_equal(inverted, np.stack([red, 255 - green, 255 - blue], -1))
+    for outlier in (outliers.rgb_ghost, lambda x: outliers.partly_inverted(x, maximum=16)):
+        with pytest.raises(UserError, match="RGB"):
+            outlier(BYTES)
+
+
+def test_made_outliers_are_in_range_and_repeat_with_their_seed():
+    for make in (outliers.smooth_noise, outliers.soft_strokes):
+        image = make(count=40, size=14, maximum=255, seed=3)["image"]
+        assert image.shape == (40, 14, 14, 1)
+        assert image.dtype == np.float32
+        assert image.min() >= 0
+        assert 200 < image.max() <= 255
+        np.testing.assert_array_equal(image, make(count=40, size=14, maximum=255, seed=3)["image"])
+    noise = outliers.smooth_noise(count=40, size=14, maximum=1, seed=3)["image"]
+    assert all(set(np.unique(image)) == {0, 1} for image in noise[::2])
+    np.testing.assert_allclose(noise[::2].mean(), 0.3, atol=0.01)
+    both = outliers.concatenated((BYTES, {"image": BYTES["image"][:3]}))["image"]
+    assert len(both) == 43

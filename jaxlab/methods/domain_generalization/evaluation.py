@@ -107,14 +107,16 @@ def _plot_accuracy(
 def _plot_examples(
     domains: Mapping[str, Mapping[str, Dataset]], test_domains: tuple[str, ...], count: int = 8
 ) -> Figure:
-    """A row a domain."""
+    """A row a domain, all on one scale of brightness."""
     figure = Figure(figsize=(1.3 + 0.75 * count, 0.8 * len(domains)), layout="constrained")
     rows = figure.subplots(len(domains), count, squeeze=False)
-    for panels, (domain, parts) in zip(rows, domains.items()):
-        images = np.asarray(parts["in"]["image"][:count], np.float32)
+    shown = {name: np.asarray(parts["in"]["image"][:count], np.float32) for name, parts in domains.items()}
+    low = min(images.min() for images in shown.values())
+    high = max(images.max() for images in shown.values())
+    for panels, (domain, images) in zip(rows, shown.items()):
         if images.shape[-1] == 2:  # red and green, as Coloured MNIST is drawn in its paper
-            images = np.pad(images, ((0, 0),) * 3 + ((0, 1),))
-        images = (images - images.min()) / max(np.ptp(images), 1e-8)
+            images = np.pad(images, ((0, 0),) * 3 + ((0, 1),), constant_values=low)
+        images = (images - low) / max(high - low, 1e-8)
         for axes, image in zip(panels, images):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1)
         for axes in panels:

@@ -14,6 +14,7 @@ default margins of the code's arguments, -25 and -7, are not the reported ones (
 for CIFAR-100, with -5), which its script sets.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import chex
@@ -27,12 +28,17 @@ from jaxlab.metrics.classification import correct, negative_log_likelihood
 from jaxlab.metrics.reductions import masked_mean
 
 
+def at_least_float32(values: jax.Array) -> jax.Array:
+    """What a score computes in: the dtype of the values, but no narrower than float32."""
+    return jnp.asarray(values, jnp.promote_types(jnp.asarray(values).dtype, jnp.float32))
+
+
 def energy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """Free energy, -T log Σ_c exp(f_c / T), Section 2; [..., C] -> [...], float32 or wider.
 
     It is positive where all logits are very negative. As T grows it tends to -T log C - mean_c f_c.
     """
-    return -temperature * jax.nn.logsumexp(_at_least_float32(logits) / temperature, axis=-1)
+    return -temperature * jax.nn.logsumexp(at_least_float32(logits) / temperature, axis=-1)
 
 
 def maximum_softmax_probability(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -41,12 +47,12 @@ def maximum_softmax_probability(logits: jax.Array, temperature: float = 1.0) -> 
     Its logarithm is the energy of f - max_c f_c: two terms that move apart in training. Confident
     examples tie at exactly -1.
     """
-    return -jnp.max(jax.nn.softmax(_at_least_float32(logits) / temperature), axis=-1)
+    return -jnp.max(jax.nn.softmax(at_least_float32(logits) / temperature), axis=-1)
 
 
 def max_logit(logits: jax.Array) -> jax.Array:
     """-max_c f_c, which the energy nears as the prediction grows certain; [..., C] -> [...]."""
-    return -jnp.max(_at_least_float32(logits), axis=-1)
+    return -jnp.max(at_least_float32(logits), axis=-1)
 
 
 def energy_hinge(
@@ -108,13 +114,39 @@ def energy_bounded_loss(
     return cross_entropy + weight * hinge, {"cross_entropy": cross_entropy, "hinge": hinge, **aux}
 
 
+def propose_margins(mean_in: float, mean_out: float, slack: float = 2.0) -> tuple[float, float]:
+    """Margins for `energy_hinge` that lie around the mean energies of a classifier before fine-tuning.
+
+    The published margins fit the published networks: on another they wreck its accuracy.
+
+    Args:
+      mean_in: the mean energy of in-distribution examples.
+      mean_out: the mean energy of auxiliary outliers.
+      slack: how far outside the means the margins lie.
+
+    Returns:
+      `m_in`, which is `mean_in` less the slack, and `m_out`, which is `mean_out` plus the slack.
+
+    Raises:
+      UserError: `m_in` would not be below `m_out`, or one of them is not finite.
+    """
+    m_in, m_out = float(mean_in) - slack, float(mean_out) + slack
+    if not -math.inf < m_in < m_out < math.inf:
+        raise UserError(
+            f"slack: with {slack} the margins would be {m_in:g} for in-distribution examples and {m_out:g} for"
+            " outliers, where the first must be below the second; take a larger slack, or outliers that the"
+            " classifier gives a higher mean energy."
+        )
+    return m_in, m_out
+
+
 def outlier_exposure_loss(logits_out: jax.Array) -> jax.Array:
     """Cross-entropy from the uniform distribution to the softmax, [..., C] -> [...]; at least log C.
 
     The rival fine-tuning: Hendrycks, Mazeika & Dietterich, *Deep Anomaly Detection with Outlier Exposure*,
     ICLR 2019, which adds 0.5 times its mean to the cross-entropy.
     """
-    return -jnp.mean(jax.nn.log_softmax(_at_least_float32(logits_out)), axis=-1)
+    return -jnp.mean(jax.nn.log_softmax(at_least_float32(logits_out)), axis=-1)
 
 
 class FineTuneState(NamedTuple):
@@ -221,7 +253,3 @@ def cosine_schedule(init_value: float, decay_steps: int, final_value: float = 1e
     """
     cosine = optax.cosine_decay_schedule(init_value, decay_steps, alpha=final_value / init_value)
     return lambda count: cosine(count + 1)
-
-
-def _at_least_float32(logits: jax.Array) -> jax.Array:
-    return jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))

@@ -10,7 +10,7 @@ from tests.methods.domain_generalization import problem
 
 E, WIDTH, LR_D, BETAS = problem.ENVIRONMENTS, problem.WIDTH, 2e-2, (0.5, 0.9)
 RNG = np.random.default_rng(0)
-Z, IDS = RNG.normal(size=(7, 4)), RNG.integers(0, E, 7)
+Z, IDS = RNG.normal(size=(7, 4)), RNG.integers(0, E, 7, np.int32)
 W1, W2 = RNG.normal(size=(4, 6)), RNG.normal(size=(6, E))
 WEIGHTS = RNG.uniform(size=7)
 

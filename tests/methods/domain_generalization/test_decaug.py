@@ -35,7 +35,7 @@ LAYERS = {
     "classifier": (2 * D, K),
 }
 RNG = np.random.default_rng(0)
-Z, Y, CONTEXT = RNG.normal(size=(B, D)), RNG.integers(0, K, B), RNG.integers(0, C, B)
+Z, Y, CONTEXT = RNG.normal(size=(B, D)), RNG.integers(0, K, B, np.int32), RNG.integers(0, C, B, np.int32)
 RATIO = RNG.uniform(size=B)
 HEAD = DecAugHead(K, C, D)
 PARAMS = {name: {"kernel": RNG.normal(size=s), "bias": RNG.normal(size=s[1])} for name, s in LAYERS.items()}

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.methods.domain_generalization.coral import coral_penalty
 from jaxlab.methods.domain_generalization.dann import dann
@@ -120,7 +120,7 @@ def test_erm_is_torchs_with_decay_in_the_loss():
 
 def _split(tree):
     """Rows over all devices, so that none has a whole environment."""
-    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec(None, "data"))
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(None, "data"))
     return jax.device_put(tree, sharding)
 
 

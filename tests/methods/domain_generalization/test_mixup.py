@@ -8,8 +8,8 @@ from tests.methods.domain_generalization import problem
 
 E = 4
 # Environment e is e_e at every pixel, so that a mixture shows what it is made of.
-IMAGES = np.broadcast_to(np.eye(E, dtype=np.float32)[:, None, None], (E, 2, 3, E))
-LABELS = np.broadcast_to(np.arange(E)[:, None], (E, 2))
+IMAGES = jnp.broadcast_to(np.eye(E, dtype=np.float32)[:, None, None], (E, 2, 3, E))
+LABELS = jnp.broadcast_to(np.arange(E)[:, None], (E, 2))
 MIX = jax.jit(jax.vmap(lambda key, alpha: interdomain_mixup(key, IMAGES, LABELS, alpha), in_axes=(0, None)))
 KEYS = jax.random.split(problem.KEY, 2000)
 
