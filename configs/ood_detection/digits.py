@@ -23,13 +23,14 @@ learning rates) to the same digits. It has not been run.
 
 from ml_collections import ConfigDict
 
+from configs.arguments import check
+from configs.ood_detection import stages
+
 TRAINING_EXAMPLES = 1200
 
 
 def get_config(size="cpu"):
-    if size not in ("cpu", "paper"):
-        raise ValueError(f"no size {size!r}; sizes: cpu, paper")
-    paper = size == "paper"
+    paper = check(size, ("cpu", "paper"), "size") == "paper"
     batch_size = 128 if paper else 64
     steps_per_epoch = -(-TRAINING_EXAMPLES // batch_size)
 
@@ -74,15 +75,8 @@ def get_config(size="cpu"):
     )
 
     def stage(method, data, epochs, learning_rate, **more):
-        steps = epochs * steps_per_epoch
-        return dict(
-            method=method,
-            data=data,
-            steps=steps,
-            checkpoint_every=5 * steps_per_epoch,
-            optimizer=sgd(learning_rate, steps),
-            **more,
-        )
+        length = dict(steps=epochs * steps_per_epoch, checkpoint_every=5 * steps_per_epoch)
+        return stages.stage(method, data, learning_rate=learning_rate, **length, **more)
 
     fine_tuning = dict(epochs=10, learning_rate=1e-3 if paper else 0.01, init_from="pretrain")
     c.stages = ConfigDict(sort_keys=False)  # in this order in every table
@@ -100,19 +94,3 @@ def get_config(size="cpu"):
         **fine_tuning,
     )
     return c
-
-
-def sgd(learning_rate, steps):
-    """Nesterov SGD with L2 on every parameter, as in the paper's Section 4.1 and code."""
-    schedule = dict(
-        name="jaxlab.methods.ood_detection.energy:cosine_schedule",
-        init_value=learning_rate,
-        decay_steps=steps,
-    )
-    return dict(
-        name="chain",
-        args=[
-            dict(name="add_decayed_weights", weight_decay=5e-4),
-            dict(name="sgd", learning_rate=schedule, momentum=0.9, nesterov=True),
-        ],
-    )

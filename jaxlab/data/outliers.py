@@ -27,6 +27,15 @@ def uniform_noise(dataset: Dataset, *, count: int, maximum: float, seed: int = 0
     return {"image": (maximum * rng.random(shape)).astype(image.dtype)}
 
 
+def gaussian_noise(dataset: Dataset, *, count: int, maximum: float, seed: int = 0) -> Dataset:
+    """`count` images of independent Gaussian pixels around the middle of [0, `maximum`], clipped; float32.
+
+    Their deviation is a quarter of `maximum`.
+    """
+    noise = np.random.default_rng(seed).standard_normal((count, *dataset["image"].shape[1:]), np.float32)
+    return {"image": np.clip(np.float32(maximum) * (0.5 + 0.25 * noise), 0, np.float32(maximum))}
+
+
 def jigsaw(dataset: Dataset, *, seed: int = 0) -> Dataset:
     """Each image with its four quadrants in a random order, uniform over the 23 that change it.
 
@@ -63,6 +72,11 @@ def inverted(dataset: Dataset, *, maximum: float) -> Dataset:
 def transposed_flipped(dataset: Dataset) -> Dataset:
     """Each image transposed, then mirrored left to right: turned by 90 degrees clockwise, [N, W, H, C]."""
     return {"image": np.ascontiguousarray(dataset["image"].swapaxes(1, 2)[:, :, ::-1])}
+
+
+def mirrored(dataset: Dataset) -> Dataset:
+    """Each image mirrored left to right."""
+    return {"image": np.ascontiguousarray(dataset["image"][:, :, ::-1])}
 
 
 def pixel_permutation(dataset: Dataset, *, count: int, seed: int = 0) -> Dataset:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from jaxlab.report.figures import color, panels
+from jaxlab.report.published import beside_published
 from jaxlab.report.runs import Run, flatten, read_runs
 from jaxlab.report.tables import breakdown, comparison, to_csv, to_markdown, words
 
@@ -58,6 +59,7 @@ def write_report(workdirs: Sequence[str | Path], out_dir: str | Path) -> Path:
         unfinished={(part.name, part.stage): part.status for part in parts if part.status != "complete"},
         comparison=main,
         breakdown=details,
+        published=beside_published(parts),
         curves=curves,
         plots=_run_plots(runs),
         differences=config_differences([run.config for run in runs]),

@@ -21,6 +21,18 @@ def test_uniform_noise_fills_the_range_in_the_sources_dtype():
     np.testing.assert_allclose(noise.mean(), 1, atol=0.05)
 
 
+def test_gaussian_noise_is_in_range_around_its_middle():
+    noise = outliers.gaussian_noise(BYTES, count=500, maximum=16)["image"]
+    assert noise.shape == (500, 4, 4, 1)
+    assert noise.min() == 0
+    assert noise.max() == 16
+    np.testing.assert_allclose([noise.mean(), noise.std()], [8, 4], atol=0.2)
+
+
+def test_mirrored_turns_columns_around():
+    np.testing.assert_array_equal(outliers.mirrored({"image": IMAGE})["image"], np.flip(IMAGE, axis=2))
+
+
 def test_jigsaw_moves_whole_quadrants_and_never_none():
     shuffled = outliers.jigsaw({"image": IMAGE})["image"]
 
