@@ -5,6 +5,7 @@ compiled.
 """
 
 import contextlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,12 +45,14 @@ class Parts(NamedTuple):
         → variables of that network) or None.
       stream: the training batches.
       evaluators: by name.
+      definitions: what each evaluator was told, its defaults included: numbers, text and lists by key.
     """
 
     settings: Settings
     make_method: MakeMethod
     stream: Stream
     evaluators: dict[str, Evaluator]
+    definitions: dict[str, dict[str, Any]]
 
 
 class Run(NamedTuple):
@@ -62,6 +65,7 @@ class Run(NamedTuple):
       state: the method's states, leading axis [seeds].
       streams: {"train": Stream}.
       evaluators: by name.
+      definitions: as in `Parts`.
       predict: `predict(state, batch) -> outputs`, compiled, with leading axis [seeds] on states and outputs.
     """
 
@@ -71,6 +75,7 @@ class Run(NamedTuple):
     state: State
     streams: dict[str, Stream]
     evaluators: dict[str, Evaluator]
+    definitions: dict[str, dict[str, Any]]
     predict: Callable[[State, Batch], Outputs]
 
 
@@ -110,6 +115,7 @@ def build_parts(config: Mapping[str, Any], stage: str = "") -> Parts:
         make_method,
         stream,
         {name: execute(evaluator) for name, evaluator in plans["evaluators"].items()},
+        {name: _definition(evaluator) for name, evaluator in plans["evaluators"].items()},
     )
 
 
@@ -229,6 +235,7 @@ def load(workdir: str | Path, step: int | Literal["best"] | None = None, *, mesh
         state=restored[1].state,
         streams={"train": parts.stream},
         evaluators=parts.evaluators,
+        definitions=parts.definitions,
         predict=jax.jit(jax.vmap(method.predict, in_axes=(0, None))),
     )
 
@@ -289,6 +296,19 @@ def _plans(settings: Settings, path: str) -> dict[str, Any]:
             for name, section in settings.evaluators.items()
         },
     }
+
+
+def _definition(evaluator: Plan) -> dict[str, Any]:
+    """The plain arguments of a planned call, and the plain defaults of those that are left out."""
+    parameters = inspect.signature(evaluator.function).parameters
+    values = {name: evaluator.arguments.get(name, p.default) for name, p in parameters.items()}
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _wrap_optimizer(

@@ -2,14 +2,17 @@
 
   python -m launch.evaluate --workdir runs/digits
   python -m launch.evaluate --workdir runs/digits/energy --step 95 --out energy_95.json
+  python -m launch.evaluate --workdir runs/digits/energy --threshold 0.95
 
 Every evaluator of the run's config on every seed; of a run of stages, every stage that has a checkpoint.
-The run's folder is only read. Of a finished run's last step the figures are those of its result.json, to the
-bit where the devices are the same.
+Of a finished run's last step the figures are those of its result.json, to the bit where the devices are the
+same. The run's folder is only read, but for --threshold: for each out-of-distribution score it writes the
+value that this share of the in-distribution examples stays at or below, seed by seed, into thresholds.json
+there. Above it an example is to be taken for out-of-distribution.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +23,7 @@ from rich.progress import Progress
 from jaxlab import config as configs
 from jaxlab import experiment
 from jaxlab.config import Settings
-from jaxlab.core import Evaluator, UserError
+from jaxlab.core import Evaluator, UserError, build
 from jaxlab.report.tables import print_table
 from jaxlab.train import devices
 from jaxlab.train.evaluation import environment, make_evaluate, to_json
@@ -48,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="FILE.json", help="also write the figures, in the form of result.json"
     )
+    parser.add_argument(
+        "--threshold",
+        metavar="TPR",
+        type=_share,
+        help="write the scores' thresholds that keep this share of in-distribution examples, such as 0.95",
+    )
     arguments = parser.parse_args(argv)
     workdir, out = Path(arguments.workdir), arguments.out and Path(arguments.out)
     config = configs.read_config(workdir)
@@ -57,28 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out:
         _check_out(out)
     cli.set_up_jax()
-    result = (_evaluate_stages if "stages" in config else evaluate)(workdir, arguments.step)
+    function = _evaluate_stages if "stages" in config else evaluate
+    result = function(workdir, arguments.step, arguments.threshold)
     print_table(result, title=str(workdir))
     if out:
         cli.write_json(out, result)
     return 0
 
 
-def evaluate(workdir: Path, step: Step = None) -> dict[str, Any]:
+def evaluate(workdir: Path, step: Step = None, tpr: float | None = None) -> dict[str, Any]:
     """Evaluates a run without stages, or a stage, with a progress bar on stderr where that is a terminal.
 
     Args:
       workdir: its folder.
       step: which checkpoint, as for `experiment.load`.
+      tpr: if given, the share that thresholds keep, which are written to the folder.
 
     Returns:
-      What result.json has: `step`, `seeds`, `config`, `environment` and `evals`.
+      What result.json has: `step`, `seeds`, `config`, `environment`, `definitions` and `evals`.
 
     Raises:
-      UserError: no run there, or no such checkpoint.
+      UserError: no run there, no such checkpoint, or no evaluator that has thresholds.
     """
     run = experiment.load(workdir, step)
     settings = configs.settings_of(run.config)
+    if tpr is not None:
+        run = _with_tpr(run, workdir, tpr)
     mesh = _mesh(settings)
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"{workdir.name}: checkpoint of step {run.step}", markup=False, highlight=False)
@@ -89,25 +102,58 @@ def evaluate(workdir: Path, step: Step = None) -> dict[str, Any]:
             for name, evaluator in run.evaluators.items()
         }
         states = devices.put(run.state, devices.over_seeds(mesh))
-        evals = make_evaluate(run.method.predict, evaluators, mesh)(states)
+        evals = to_json(make_evaluate(run.method.predict, evaluators, mesh)(states))
+    if tpr is not None:
+        _write_thresholds(workdir / "thresholds.json", run.step, tpr, evals)
     return {
         "step": run.step,
         "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
         "config": run.config,
         "environment": environment(),
-        "evals": to_json(evals),
+        "definitions": run.definitions,
+        "evals": evals,
     }
 
 
-def _evaluate_stages(workdir: Path, step: Step) -> dict[str, Any]:
+def _with_tpr(run: experiment.Run, workdir: Path, tpr: float) -> experiment.Run:
+    """The run with evaluators whose thresholds keep another share."""
+    sections = run.config["evaluators"]
+    chosen = [name for name, definition in run.definitions.items() if "tpr" in definition]
+    if not chosen:
+        raise UserError(
+            f"--threshold: {workdir} has no evaluator with thresholds; ood_detection.detection has."
+        )
+    data_dir = run.config["data_dir"] or None
+    changed = {
+        name: build(
+            "evaluator", {**sections[name], "tpr": tpr}, f"config.evaluators.{name}", data_dir=data_dir
+        )
+        for name in chosen
+    }
+    definitions = {name: {**run.definitions[name], "tpr": tpr} for name in chosen}
+    return run._replace(evaluators=run.evaluators | changed, definitions=run.definitions | definitions)
+
+
+def _write_thresholds(path: Path, step: int, tpr: float, evals: Mapping[str, Any]) -> None:
+    thresholds = {
+        name.replace("/threshold/", "/"): [value for (value,) in entry["values"]]
+        for name, entry in evals.items()
+        if "/threshold/" in name
+    }
+    cli.write_json(path, {"step": step, "tpr": tpr, "thresholds": thresholds})
+    print(f"thresholds: {path}")
+
+
+def _evaluate_stages(workdir: Path, step: Step, tpr: float | None) -> dict[str, Any]:
     """Evaluates the stages that have a checkpoint, into one result as that of a whole run."""
     config = configs.read_config(workdir)
     begun = [stage for stage in config["stages"] if _has_checkpoint(workdir / stage)]
     if not begun:
         raise UserError(f"{workdir}: no stage has a checkpoint yet; start the run with launch.train.")
-    results = {stage: evaluate(workdir / stage, step) for stage in begun}
+    results = {stage: evaluate(workdir / stage, step, tpr) for stage in begun}
     return {
         **results[begun[-1]],
+        "definitions": {stage: result["definitions"] for stage, result in results.items()},
         "step": sum(result["step"] for result in results.values()),
         "config": config,
         "evals": {f"{s}/{k}": v for s, result in results.items() for k, v in result["evals"].items()},
@@ -141,6 +187,16 @@ def _check_out(out: Path) -> None:
     runs = [folder for folder in out.resolve().parents if (folder / "config.json").exists()]
     if runs:
         raise UserError(f"--out {out}: inside the run {runs[-1]}, which is only read; choose another place.")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
+    return share
 
 
 def _step(text: str) -> Step:

@@ -86,6 +86,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
                 **results[name],
                 "step": sum(result["step"] for result in results.values()),
                 "config": dict(config),
+                "definitions": {name: result["definitions"] for name, result in results.items()},
                 "evals": {f"{s}/{k}": v for s, result in results.items() for k, v in result["evals"].items()},
             }
             devices.on_primary(lambda: cli.write_json(workdir / "result.json", result))
@@ -122,7 +123,7 @@ def _run_stage(
     program = experiment.build_program(parts, mesh, stage=stage, handed_over=handed_over or None)
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     result = {"status": "running", "step": 0, "seeds": seeds, "config": dict(stage_config)}
-    result |= {"environment": environment(), "evals": {}}
+    result |= {"environment": environment(), "definitions": parts.definitions, "evals": {}}
 
     def write_result(**changes: Any) -> None:
         result.update(changes)

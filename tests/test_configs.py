@@ -17,8 +17,10 @@ from jaxlab.train.program import check_fit
 CONFIGS = sorted(
     path for path in Path(__file__).parents[1].glob("configs/*/*.py") if "def get_config(" in path.read_text()
 )
-DEBIASING = Path(__file__).parents[1] / "configs" / "debiasing"
-DOMAIN_GENERALIZATION = Path(__file__).parents[1] / "configs" / "domain_generalization"
+CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
+DEBIASING = CONFIG_FOLDER / "debiasing"
+DOMAIN_GENERALIZATION = CONFIG_FOLDER / "domain_generalization"
+OOD_DETECTION = [CONFIG_FOLDER / "ood_detection" / name for name in ("fashion_mnist.py", "cifar.py")]
 ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
 
 
@@ -50,7 +52,7 @@ def offline(data_dir, monkeypatch):
 @pytest.mark.parametrize("size", ["cpu", "paper"])
 @pytest.mark.parametrize(
     "path",
-    [p for p in CONFIGS if p.parent not in (DEBIASING, DOMAIN_GENERALIZATION)],
+    [p for p in CONFIGS if p.parent not in (DEBIASING, DOMAIN_GENERALIZATION) and p not in OOD_DETECTION],
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_a_config_builds(path, size):
@@ -104,11 +106,12 @@ def test_a_config_of_debiasing_builds(file_and_arguments):
 @pytest.fixture
 def any_data(monkeypatch):
     """A few black images in place of every data set and split, the large ones too."""
-    shapes = {"mnist": (28, 28, 1), "pacs": (256, 256, 3), "office_home": (64, 64, 3)}
+    shapes = {"pacs": (256, 256, 3), "office_home": (64, 64, 3), "nico_animal": (64, 64, 3)}
+    shapes |= {"nico_vehicle": (64, 64, 3), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1)}
 
     def arrays(dataset, split, data_dir=None):
         rows = np.arange(120, dtype=np.int32)
-        image = np.zeros((120, *shapes.get(dataset, (64, 64, 3))), np.uint8)
+        image = np.zeros((120, *shapes.get(dataset, (32, 32, 3))), np.uint8)
         return {"image": image, "label": rows % 7, "context": rows % 12}
 
     monkeypatch.setattr(store, "arrays", arrays)
@@ -119,26 +122,36 @@ def any_data(monkeypatch):
 @pytest.mark.parametrize(
     "file_and_arguments",
     [
-        *(f"colored_mnist.py:cpu,{method}" for method in ("oracle", "irm", "mm_rex", "decaug_environments")),
-        "colored_mnist.py:paper,vrex",
-        "colored_mnist.py:paper,cdann,domainbed,3",
-        *(f"contexts.py:cpu,{method}" for method in ("erm", "dann", "coral", "erm_on_decaug_head")),
-        "contexts.py:paper,mmd,rotations,1",
-        "contexts.py:cpu,mixup,contexts,0,pairs",
-        "pacs.py",
-        "pacs.py:paper,irm",
-        "pacs.py:paper,decaug",
-        "pacs.py:cpu,group_dro,office_home",
-        "nico.py",
-        "nico.py:paper,decaug_paper,vehicle",
-        "nico.py:cpu,group_dro",
-        "nico.py:cpu,cdann",
+        *(
+            f"domain_generalization/colored_mnist.py:cpu,{method}"
+            for method in ("oracle", "irm", "mm_rex", "decaug_environments")
+        ),
+        "domain_generalization/colored_mnist.py:paper,vrex",
+        "domain_generalization/colored_mnist.py:paper,cdann,domainbed,3",
+        *(
+            f"domain_generalization/contexts.py:cpu,{method}"
+            for method in ("erm", "dann", "coral", "erm_on_decaug_head")
+        ),
+        "domain_generalization/contexts.py:paper,mmd,rotations,1",
+        "domain_generalization/contexts.py:cpu,mixup,contexts,0,pairs",
+        "domain_generalization/pacs.py",
+        "domain_generalization/pacs.py:paper,irm",
+        "domain_generalization/pacs.py:paper,decaug",
+        "domain_generalization/pacs.py:cpu,group_dro,office_home",
+        "domain_generalization/nico.py",
+        "domain_generalization/nico.py:paper,decaug_paper,vehicle",
+        "domain_generalization/nico.py:cpu,group_dro",
+        "domain_generalization/nico.py:cpu,cdann",
+        "ood_detection/fashion_mnist.py",
+        "ood_detection/fashion_mnist.py:paper",
+        "ood_detection/cifar.py",
+        "ood_detection/cifar.py:paper,cifar100",
     ],
 )
-def test_a_config_of_domain_generalization_builds(file_and_arguments, any_data):
-    config = experiment.load_config(f"{DOMAIN_GENERALIZATION}/{file_and_arguments}", ONE_DEVICE)
+def test_a_config_whose_data_are_not_here_builds(file_and_arguments, any_data):
+    config = experiment.load_config(f"{CONFIG_FOLDER}/{file_and_arguments}", ONE_DEVICE)
     stages = list(configs.stage_configs(config).items()) or [("", config)]
-    for stage, stage_config in [stages[0], stages[-1]]:  # between them only the held-out domain differs
+    for stage, stage_config in [stages[0], stages[-1]]:  # those between them differ little
         parts = experiment.build_parts(stage_config, stage)
         _, metrics = check_fit(parts.make_method, parts.stream)
         assert set(metrics) >= {"loss", "accuracy"}

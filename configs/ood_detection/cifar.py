@@ -50,15 +50,8 @@ def get_config(size="cpu", dataset="cifar10"):
             partly_inverted=dict(name="outliers.partly_inverted", dataset=test, maximum=255),
         )
         draws = dict(n_ood=200, draws=10)
-    with_outliers = dict(
-        name="streams.with_auxiliary",
-        stream=stream,
-        auxiliary=dict(
-            name="streams.resident",
-            dataset=outliers,
-            batch_size=2 * batch_size,
-            transforms=[*augmentation, standardize],
-        ),
+    with_outliers = stages.with_outliers(
+        stream, outliers, batch_size=batch_size, transforms=[*augmentation, standardize]
     )
 
     c = ConfigDict()

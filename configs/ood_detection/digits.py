@@ -40,12 +40,8 @@ def get_config(size="cpu"):
     transforms = [dict(name="transforms.standardize", scale=16.0, mean=[0.305], std=[0.376])]
     digits = dict(name="streams.resident", dataset=train, transforms=transforms)
     shuffled_pixels = dict(name="outliers.pixel_permutation", dataset=train, count=2 * TRAINING_EXAMPLES)
-    with_outliers = dict(
-        name="streams.with_auxiliary",
-        stream=digits,
-        auxiliary=dict(
-            name="streams.resident", dataset=shuffled_pixels, batch_size=2 * batch_size, transforms=transforms
-        ),
+    with_outliers = stages.with_outliers(
+        digits, shuffled_pixels, batch_size=batch_size, transforms=transforms
     )
 
     c = ConfigDict()

@@ -78,13 +78,7 @@ def get_config(size="cpu"):
             dict(name="outliers.soft_strokes", count=count // 4, size=side, maximum=255.0, seed=2),
         ],
     )
-    with_outliers = dict(
-        name="streams.with_auxiliary",
-        stream=stream,
-        auxiliary=dict(
-            name="streams.resident", dataset=auxiliary, batch_size=2 * batch_size, transforms=transforms
-        ),
-    )
+    with_outliers = stages.with_outliers(stream, auxiliary, batch_size=batch_size, transforms=transforms)
 
     c = ConfigDict()
     c.seed = 0

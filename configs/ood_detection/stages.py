@@ -22,3 +22,11 @@ def stage(method, data, *, steps, learning_rate, checkpoint_every, **more):
     return dict(
         method=method, data=data, steps=steps, checkpoint_every=checkpoint_every, optimizer=optimizer, **more
     )
+
+
+def with_outliers(stream, outliers, *, batch_size, transforms):
+    """A stream with twice as many outliers as examples in each batch, as in the energy paper."""
+    auxiliary = dict(
+        name="streams.resident", dataset=outliers, batch_size=2 * batch_size, transforms=transforms
+    )
+    return dict(name="streams.with_auxiliary", stream=stream, auxiliary=auxiliary)

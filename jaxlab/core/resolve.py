@@ -147,7 +147,8 @@ def build(kind: str, section: Mapping[str, Any], path: str | None = None, **cont
 
     A nested section (a mapping with a `name`), also inside a list or a mapping, is built first. Its kind
     is the one its key ends with (`biased_network`), or its name is looked for in the parent's own module,
-    in the module beside it called like the key (`score` or `scores`: `scores.py`), then in every kind.
+    in the module beside it called like the key, or like that of the mapping around it (`score` or `scores`:
+    `scores.py`), then in every kind.
 
     Args:
       kind: as for `resolve`.
@@ -229,23 +230,30 @@ def _plan_section(
     return Plan(function, arguments, path, kind)
 
 
-def _plan_nested(value: Any, key: str, parent: Callable[..., Any], path: str, context: dict) -> Any:
+def _plan_nested(
+    value: Any, key: str, parent: Callable[..., Any], path: str, context: dict, around: str = ""
+) -> Any:
+    """`around` is the key of the mapping that `value` stands in, which is no section."""
     if isinstance(value, Mapping):
         if "name" in value:
             kind = next((kind for kind in PACKAGES if key == kind or key.endswith("_" + kind)), None)
             name = value["name"]
-            function = resolve(kind, name, path) if kind else _resolve_nested(name, key, parent, path)
+            keys = (around, key) if around else (key,)
+            function = resolve(kind, name, path) if kind else _resolve_nested(name, keys, parent, path)
             return _plan_section(function, value, path, context, None if kind == "data" else kind)
-        return {k: _plan_nested(value[k], k, parent, f"{path}.{k}", context) for k in value}
+        return {k: _plan_nested(value[k], k, parent, f"{path}.{k}", context, key) for k in value}
     if isinstance(value, (list, tuple)):
         return tuple(_plan_nested(v, key, parent, f"{path}.{i}", context) for i, v in enumerate(value))
     return value
 
 
-def _resolve_nested(name: Any, key: str, parent: Callable[..., Any], path: str) -> Callable[..., Any]:
+def _resolve_nested(
+    name: Any, keys: Sequence[str], parent: Callable[..., Any], path: str
+) -> Callable[..., Any]:
     if isinstance(name, str) and ":" not in name and not parent.__module__.startswith("optax"):
         beside = parent.__module__.rpartition(".")[0]
-        for module_name in (parent.__module__, f"{beside}.{key}", f"{beside}.{key}s"):
+        places = [f"{beside}.{key}{plural}" for key in keys for plural in ("", "s")]
+        for module_name in (parent.__module__, *places):
             if _module_exists(module_name):
                 function = getattr(importlib.import_module(module_name), name, None)
                 if callable(function):

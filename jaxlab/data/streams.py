@@ -36,9 +36,7 @@ def resident(
     Raises:
       UserError: the data set is empty or too large to address.
     """
-    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
-    chex.assert_equal_shape_prefix(list(columns.values()), 1)
-    size = len(next(iter(columns.values())))
+    columns, size = _on_device(dataset)
     if not 0 < size * batch_size < 2**31:
         raise UserError(
             f"a resident stream of {size} examples with batch_size {batch_size}: their product must be in"
@@ -72,9 +70,7 @@ def sampled(
       batch_size: B.
       transforms: applied in turn; each gets a key of its own at every step.
     """
-    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
-    chex.assert_equal_shape_prefix(list(columns.values()), 1)
-    size = len(next(iter(columns.values())))
+    columns, size = _on_device(dataset)
 
     def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
         index_key, transform_key = jax.random.split(jax.random.fold_in(key, step))
@@ -83,6 +79,13 @@ def sampled(
         return apply({**examples, "index": index}, transform_key, transforms)
 
     return Stream(batch, on_device=True)
+
+
+def _on_device(dataset: Mapping[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
+    """The columns of a data set, and their length."""
+    columns = {name: jnp.asarray(column) for name, column in dataset.items()}
+    chex.assert_equal_shape_prefix(list(columns.values()), 1)
+    return columns, len(next(iter(columns.values())))
 
 
 def generated(sample: Callable[[chex.PRNGKey], Batch]) -> Stream:

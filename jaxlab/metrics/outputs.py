@@ -23,7 +23,7 @@ def collect_outputs(
     *,
     batch_size: int = 512,
     transforms: tuple[Transform, ...] = (),
-    keys: tuple[str, ...] = ("logits",),
+    keys: tuple[str, ...] | None = ("logits",),
 ) -> dict[str, np.ndarray]:
     """Runs `predict` over every row of a data set, in order.
 
@@ -37,7 +37,7 @@ def collect_outputs(
         set has no such column.
       batch_size: rows per batch; a data set with fewer is one batch of its own size.
       transforms: applied in turn before `predict`, without a key.
-      keys: the outputs to keep.
+      keys: the outputs to keep; None: all.
 
     Returns:
       `{key: array [N, ...]}` on the host.
@@ -55,11 +55,12 @@ def collect_outputs(
         rows = np.minimum(np.arange(start, start + batch_size), size - 1)
         batch = {name: column[rows] for name, column in columns.items()}
         outputs = predict(state, _transform(tuple(transforms), batch))
-        for key in keys:
+        for key in keys or ():
             if key not in outputs:
                 raise UserError(f"network: it has no output '{key}'.{nearest(key, outputs)}")
-        collected.append({key: np.asarray(outputs[key])[: size - start] for key in keys})
-    return {key: np.concatenate([batch[key] for batch in collected]) for key in keys}
+        kept = outputs if keys is None else keys
+        collected.append({key: np.asarray(outputs[key])[: size - start] for key in kept})
+    return {key: np.concatenate([batch[key] for batch in collected]) for key in collected[0]}
 
 
 def map_rows(

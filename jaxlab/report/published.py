@@ -1,8 +1,8 @@
 """Published figures beside those of runs that follow the same protocol.
 
 A file of `third_party/published` has {"about", "protocol", "rows"}: the protocol is what the sections
-`evaluator` and `network` of a config must hold; a row names the data set, the stage, the score and the OOD set
-that its figures, in percent, are of, and its source.
+`evaluator` and `network` of a config must hold; a row names the data set, the stage, the score and the OOD
+set that its figures, in percent, are of, and its source.
 """
 
 import json

@@ -102,3 +102,107 @@ def test_a_host_batch_does_not_depend_on_how_it_was_reached(data_dir):
         assert all(isinstance(value, np.ndarray) for value in batch.values())
         jax.tree.map(np.testing.assert_array_equal, batch, read_ahead[step])
     assert (stream.batch(0, jax.random.key(1))["index"] != read_ahead[0]["index"]).any()
+
+
+def test_a_sampled_stream_covers_the_data_set_with_replacement():
+    def spy(batch, key):
+        return {**batch, "key": jax.random.key_data(key)}
+
+    data = dataset(20)
+    stream = streams.sampled(data, batch_size=10, transforms=(spy,))
+    steps, compiled = np.arange(200), jax.jit(jax.vmap(stream.batch, (0, None)))
+    batches = jax.device_get(compiled(steps, KEY))
+    index = batches["index"]
+    assert index.dtype == np.int32
+    for name in data:
+        np.testing.assert_array_equal(batches[name], data[name][index])
+    counts = np.bincount(index.ravel(), minlength=20)
+    assert len(counts) == 20
+    assert np.all(np.abs(counts - 100) < 50)  # 5 standard deviations
+    # 1 - 20! / 10! / 20^10 of the batches have an example twice.
+    assert np.mean([len(set(row)) < 10 for row in index]) > 0.85
+    assert len(np.unique(batches["key"], axis=0)) == 200  # a transform has a new key at each step
+    np.testing.assert_array_equal(compiled(steps[::-1], KEY)["index"], index[::-1])
+    assert (compiled(steps, jax.random.key(1))["index"] != index).any(1).all()
+
+
+def test_environments_are_stacked_and_draw_independently():
+    one, other = dataset(50), {**dataset(50), "label": np.arange(100, 150)}
+    parts = tuple(streams.sampled(data, batch_size=6) for data in (one, one, other))
+    stream = streams.environments(parts)
+    assert stream.on_device
+    batch = jax.device_get(jax.jit(stream.batch)(3, KEY))
+    assert {name: column.shape for name, column in batch.items()} == {
+        "image": (3, 6, 2, 2, 1),
+        "label": (3, 6),
+        "index": (3, 6),
+        "context": (3, 6),
+    }
+    assert batch["context"].dtype == np.int32
+    np.testing.assert_array_equal(batch["context"], np.broadcast_to(np.arange(3)[:, None], (3, 6)))
+    for e, data in enumerate((one, one, other)):
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(batch[name][e], data[name][batch["index"][e]])
+        for f in range(e):
+            assert (batch["index"][e] != batch["index"][f]).any()
+
+
+def test_environments_keep_a_context_that_the_data_sets_have():
+    data = {**dataset(8), "context": np.arange(8) % 3}
+    part = streams.sampled(data, batch_size=4)
+    batch = jax.jit(streams.environments((part, part)).batch)(0, KEY)
+    np.testing.assert_array_equal(batch["context"], batch["index"] % 3)
+
+
+def test_environments_of_the_host_are_numpy_and_do_not_mix_with_those_of_the_device(data_dir):
+    on_host = streams.host("digits", split="test", batch_size=4, data_dir=data_dir)
+    stream = streams.environments((on_host, on_host))
+    assert not stream.on_device
+    batch = stream.batch(1, KEY)
+    assert all(isinstance(column, np.ndarray) for column in batch.values())
+    assert batch["label"].shape == (2, 4)
+    assert (batch["index"][0] != batch["index"][1]).any()
+    for parts in ((on_host, streams.sampled(dataset(4), batch_size=4)), ()):
+        with pytest.raises(UserError, match="all on the device or all on the host"):
+            streams.environments(parts)
+
+
+def test_a_grouped_batch_has_distinct_groups_and_only_their_own_examples():
+    # Groups of 1, 2, 30 and 7 examples, not numbered from 0, in no order.
+    hospital = np.random.default_rng(0).permutation(np.repeat([9, 2, 5, 4], [1, 2, 30, 7]))
+    data = {**dataset(40), "hospital": hospital}
+    seen = []
+
+    def spy(batch, key):
+        seen.append(batch["image"].shape)
+        return batch
+
+    stream = streams.grouped(data, group="hospital", groups_per_batch=3, batch_size=8, transforms=(spy,))
+    steps, compiled = np.arange(300), jax.jit(jax.vmap(stream.batch, (0, None)))
+    batches = jax.device_get(compiled(steps, KEY))
+    assert seen == [(24, 2, 2, 1)]
+    index, context = batches["index"], batches["context"]
+    assert context.shape == (300, 3, 8)
+    for name in data:
+        np.testing.assert_array_equal(batches[name], data[name][index])
+    np.testing.assert_array_equal(context, hospital[index])
+    np.testing.assert_array_equal(context, np.broadcast_to(context[..., :1], context.shape))
+    assert all(len(set(groups)) == 3 for groups in context[..., 0])
+    # Every group is as likely as any other, and every example of one.
+    _, batches_with = np.unique(context[..., 0], return_counts=True)
+    assert np.all(np.abs(batches_with - 225) < 40)
+    for group, size in zip((9, 2, 5, 4), (1, 2, 30, 7)):
+        _, counts = np.unique(index[context == group], return_counts=True)
+        expected = counts.sum() / size
+        assert len(counts) == size
+        assert np.all(np.abs(counts - expected) < 6 * expected**0.5)
+    np.testing.assert_array_equal(compiled(steps[::-1], KEY)["index"], index[::-1])
+
+
+def test_groups_that_are_not_there_are_refused():
+    data = {**dataset(4), "context": np.array([0, 0, 3, 3])}
+    with pytest.raises(UserError, match="no column 'contex'.*context"):
+        streams.grouped(data, group="contex", groups_per_batch=1, batch_size=2)
+    for count in (0, 3):
+        with pytest.raises(UserError, match=f"groups_per_batch is {count}; there are 2 groups"):
+            streams.grouped(data, groups_per_batch=count, batch_size=2)

@@ -137,3 +137,41 @@ def test_bad_input_is_one_line_that_names_the_mend(staged, arguments, message):
     assert message.replace("RUN", str(staged)) in str(error.value)
     assert "\n" not in str(error.value)
     assert contents(staged) == before
+
+
+DETECTING = runs.CONFIG.replace(
+    "    return c",
+    """    digits = dict(name="store.arrays", dataset="digits", split="test[:100]")
+    noise = dict(name="outliers.uniform_noise", dataset=digits, count=50, maximum=16)
+    c.data = dict(name="streams.resident", dataset=digits)
+    c.network = dict(name="mlp", num_classes=10, hidden=[8])
+    detection = dict(name="ood_detection.detection", dataset=digits, ood=dict(noise=noise), scores=["energy"])
+    c.evaluators = dict(detection=detection)
+    return c""",
+)
+
+
+def test_thresholds_are_written_for_each_score_and_seed(tmp_path):
+    workdir = tmp_path / "run"
+    assert runs.run(runs.write_config(tmp_path, DETECTING), workdir) == 0
+    result = json.loads(runs.result(workdir))
+    assert result["definitions"]["detection"]["rule"] == "nearest"
+    assert result["definitions"]["detection"]["tpr"] == 0.95
+    out = evaluated(workdir, tmp_path, "--threshold", "0.5")
+    assert out["definitions"]["detection"]["tpr"] == 0.5
+    written = json.loads((workdir / "thresholds.json").read_text())
+    (at_half,) = [out["evals"]["detection/threshold/energy"]["values"]]
+    assert written == {
+        "step": 40,
+        "tpr": 0.5,
+        "thresholds": {"detection/energy": [value for (value,) in at_half]},
+    }
+    at_95 = result["evals"]["detection/threshold/energy"]["values"]
+    assert all(low < high for (low,), (high,) in zip(at_half, at_95))
+
+
+def test_thresholds_need_an_evaluator_that_has_them(finished):
+    with pytest.raises(UserError, match="no evaluator with thresholds"):
+        evaluate.main(["--workdir", str(finished), "--threshold", "0.95"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--workdir", str(finished), "--threshold", "1.5"])

@@ -19,6 +19,8 @@ def _variables(module):
         elif isinstance(layer, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             leaves["scale"] = layer.weight
             stats = {"mean": layer.running_mean, "var": layer.running_var}
+        elif isinstance(layer, torch.nn.GroupNorm):
+            leaves["scale"] = layer.weight
         if not leaves:
             continue
         if layer.bias is not None:

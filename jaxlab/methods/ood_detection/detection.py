@@ -1,49 +1,72 @@
-"""Measures how well scores of a classifier's logits tell out-of-distribution examples, and draws it."""
+"""Measures how well out-of-distribution scores tell examples apart, and draws it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxlab.core import Batch, Evaluator, Outputs, State, UserError
 from jaxlab.core.errors import nearest
-from jaxlab.methods.ood_detection.energy import energy, max_logit, maximum_softmax_probability
-from jaxlab.metrics.detection import Positive, Rule, evaluate_draws, ood_metrics, roc_curve
+from jaxlab.methods.ood_detection import scores as known_scores
+from jaxlab.methods.ood_detection.scores import Score, Search
+from jaxlab.metrics.detection import (
+    Positive,
+    Rule,
+    evaluate_draws,
+    fpr_at_recall,
+    ood_metrics,
+    roc_curve,
+    threshold_at_tpr,
+)
 from jaxlab.metrics.outputs import Dataset, Transform, collect_outputs
 
 LogitScore = Callable[[jax.Array], jax.Array]  # logits [N, K] -> scores [N], larger = more OOD
+Head = tuple[jax.Array, jax.Array]
 Results = Mapping[str, Mapping[str, Any]]
 
-_LOGIT_SCORES = {score.__name__: score for score in (energy, maximum_softmax_probability, max_logit)}
 _BINS = 50
 _FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)  # where ROC curves are reported
 _ID_COLOUR, _OOD_COLOUR = "#7f7f7f", "#d55e00"
 _SCORE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")  # Okabe-Ito
+_MOST_DRAWN = len(_SCORE_COLOURS)  # scores that have curves; a heat map shows them all
 
 
 def detection(
     dataset: Dataset,
     ood: Mapping[str, Dataset],
     *,
-    scores: tuple[str | LogitScore, ...] = ("maximum_softmax_probability", "max_logit", "energy"),
+    scores: tuple[str | LogitScore | Score | Search, ...]
+    | Mapping[str, str | LogitScore | Score | Search] = (
+        "maximum_softmax_probability",
+        "max_logit",
+        "energy",
+    ),
+    train: Dataset | None = None,
+    validation: Dataset | None = None,
+    validation_ood: Mapping[str, Dataset] | None = None,
     batch_size: int = 512,
     transforms: tuple[Transform, ...] = (),
     positive: Positive = "id",
     rule: Rule = "nearest",
     n_ood: int | None = None,
     draws: int = 10,
+    tpr: float = 0.95,
 ) -> Evaluator:
     """Out-of-distribution detection by scores that share one forward pass per data set.
 
     Args:
       dataset: in-distribution columns.
       ood: name -> columns of each out-of-distribution data set.
-      scores: functions of logits [N, K], larger for OOD examples, known by their `__name__`; a string is
-        a score of `ood_detection.energy`.
+      scores: of `ood_detection.scores`, by name or as sections, or functions of logits [N, K] that are larger
+        for OOD examples. In a list each goes by its own name; a mapping gives them others.
+      train: in-distribution columns with `label`, which scores are fitted on, if any is.
+      validation: held-out in-distribution columns, for scores that search their hyper-parameters.
+      validation_ood: name -> columns of the outliers of that search, none of them those of the test.
       batch_size: rows per forward pass.
       transforms: the deterministic transforms of evaluation, for every data set.
       positive: the positive class of FPR95 and AUPR; see `ood_metrics`.
@@ -52,23 +75,35 @@ def detection(
         same draws at every evaluation. The paper: 10 draws of a fifth of the in-distribution set's size,
         on which its AUPR depends. If not given, every example counts once.
       draws: number of draws.
+      tpr: the share of `dataset` that `threshold` keeps.
 
     Returns:
       An evaluator of, for each score and OOD set, `<score>/<set>/fpr95`, `auroc` and `aupr`,
-      in [0, 1], and their means over sets, `<score>/mean/...`. Its plots are drawn from the curves
+      in [0, 1], and their means over sets, `<score>/mean/...`; and, of one entry, `threshold/<score>`, above
+      which an example is to be taken for OOD, and `chosen/<score>`, the position of what a search chose among
+      its candidates. Its plots are drawn from the curves of the first seven scores:
       `histogram/<score>/edges`, `histogram/<score>/id` and `histogram/<score>/<set>`, fractions of the
       examples in each bin, and `roc/<score>/<set>`, true positive rates at 101 false positive rates
       evenly spaced from 0 to 1.
 
     Raises:
-      UserError: an unknown or repeated score, no OOD set, or one called "id", "edges" or "mean".
+      UserError: an unknown or repeated score, no OOD set, or one called "id", "edges" or "mean"; data are
+        missing that a score is fitted on or searches with.
     """
-    functions = [_logit_score(score) for score in scores]
-    by_name = {function.__name__: jax.jit(function) for function in functions}
-    if len(by_name) < len(functions):
-        raise UserError(f"scores: one name comes twice: {', '.join(f.__name__ for f in functions)}.")
+    by_name = _by_name(scores)
     if not ood or not {"id", "edges", "mean"}.isdisjoint(ood):
         raise UserError("ood: expected data sets by name, at least one, none called 'id', 'edges' or 'mean'.")
+    candidates = {
+        name: score.candidates if isinstance(score, Search) else (score,) for name, score in by_name.items()
+    }
+    for name, score in by_name.items():
+        if isinstance(score, Search) and (validation is None or not validation_ood):
+            raise UserError(f"scores: '{name}' searches; give 'validation' and 'validation_ood' data sets.")
+        if train is None and any(candidate.fit for candidate in candidates[name]):
+            raise UserError(f"train: '{name}' is fitted; give the training set, with labels.")
+    compiled = {name: tuple(map(_Compiled, scores)) for name, scores in candidates.items()}
+    sets = {"id": dataset, **ood}
+    searched = {"id": validation, **(validation_ood or {})}
 
     def measure(index: int, id_scores: np.ndarray, ood_scores: np.ndarray) -> dict[str, float]:
         if n_ood is None:
@@ -80,35 +115,124 @@ def detection(
         return {name: value for name, value in drawn.items() if not name.endswith("_std")}
 
     def evaluate(predict: Callable[[State, Batch], Outputs], state: State) -> dict[str, Any]:
-        logits = {}
-        for name, columns in {"id": dataset, **ood}.items():
-            outputs = collect_outputs(predict, state, columns, batch_size=batch_size, transforms=transforms)
-            logits[name] = outputs["logits"]
+        head = _head(state)
+
+        def outputs_of(columns: Dataset, predict: Callable = predict) -> dict[str, np.ndarray]:
+            return collect_outputs(
+                predict, state, columns, batch_size=batch_size, transforms=transforms, keys=None
+            )
+
+        def values_of(
+            score: _Compiled, params: Any, columns: Mapping[str, Dataset], outputs: Mapping[str, Outputs]
+        ) -> dict[str, np.ndarray]:
+            if score.perturb is not None:
+                moved = score.moved(predict)
+                outputs = {
+                    name: outputs_of(c, lambda state, batch: moved(state, params, batch))
+                    for name, c in columns.items()
+                }
+            return {
+                name: np.asarray(score.score(params, out, head), np.float64) for name, out in outputs.items()
+            }
+
+        fitted_on = outputs_of(train) if train is not None else None
+        outputs = {name: outputs_of(columns) for name, columns in sets.items()}
+        is_searching = any(len(scores) > 1 for scores in compiled.values())
+        searched_outputs = {name: outputs_of(c) for name, c in searched.items()} if is_searching else {}
         metrics: dict[str, Any] = {}
-        for score, function in by_name.items():
-            values = {name: np.asarray(function(x), np.float64) for name, x in logits.items()}
-            measured = {name: measure(i, values["id"], values[name]) for i, name in enumerate(ood)}
+        for position, (name, scores) in enumerate(compiled.items()):
+            params = [s.fit(fitted_on, train["label"], head) if s.fit else None for s in scores]
+            chosen = 0
+            if len(scores) > 1:
+                losses = [
+                    _mean_fpr95(values_of(score, p, searched, searched_outputs), positive, rule)
+                    for score, p in zip(scores, params)
+                ]
+                chosen = int(np.argmin(losses))
+                metrics[f"chosen/{name}"] = np.array([chosen])
+            values = values_of(scores[chosen], params[chosen], sets, outputs)
+            measured = {
+                ood_name: measure(i, values["id"], values[ood_name]) for i, ood_name in enumerate(ood)
+            }
             measured["mean"] = {
-                metric: float(np.mean([measured[name][metric] for name in ood]))
+                metric: float(np.mean([measured[ood_name][metric] for ood_name in ood]))
                 for metric in ("fpr95", "auroc", "aupr")
             }
-            for name, row in measured.items():
-                metrics |= {f"{score}/{name}/{metric}": value for metric, value in row.items()}
-            metrics |= {f"histogram/{score}/{name}": curve for name, curve in _histograms(values).items()}
-            metrics |= {f"roc/{score}/{name}": _roc(values["id"], values[name], positive) for name in ood}
+            for row, figures in measured.items():
+                metrics |= {f"{name}/{row}/{metric}": value for metric, value in figures.items()}
+            metrics[f"threshold/{name}"] = np.array([threshold_at_tpr(values["id"], tpr)])
+            if position < _MOST_DRAWN:
+                metrics |= {f"histogram/{name}/{key}": x for key, x in _histograms(values).items()}
+                metrics |= {f"roc/{name}/{key}": _roc(values["id"], values[key], positive) for key in ood}
         return metrics
 
     return Evaluator(evaluate, plot)
 
 
-def _logit_score(score: str | LogitScore) -> LogitScore:
-    if callable(score):
+class _Compiled:
+    """A score whose parts are compiled once, for all seeds and evaluations."""
+
+    def __init__(self, score: Score):
+        self.fit = score.fit and jax.jit(score.fit)
+        self.score = jax.jit(score.score)
+        self.perturb = score.perturb
+        self._moved: dict[Callable, Callable] = {}
+
+    def moved(self, predict: Callable[[State, Batch], Outputs]) -> Callable[..., Outputs]:
+        """`moved(state, params, batch) -> outputs` of the inputs that the score has moved."""
+        if predict not in self._moved:
+
+            def outputs(state: State, params: Any, batch: Batch) -> Outputs:
+                def of_images(images: jax.Array) -> Outputs:
+                    return predict(state, {**batch, "image": images})
+
+                return of_images(self.perturb(of_images, batch["image"], params))
+
+            self._moved[predict] = jax.jit(outputs)
+        return self._moved[predict]
+
+
+def _by_name(scores: Any) -> dict[str, Score | Search]:
+    """Scores by the names of their rows."""
+    if isinstance(scores, Mapping):
+        return {name: _score(score) for name, score in scores.items()}
+    names = [
+        score if isinstance(score, str) else getattr(score, "name", None) or score.__name__
+        for score in scores
+    ]
+    if len(set(names)) < len(names):
+        raise UserError(f"scores: one name comes twice: {', '.join(names)}; give a mapping of other names.")
+    return dict(zip(names, map(_score, scores)))
+
+
+def _score(score: str | LogitScore | Score | Search) -> Score | Search:
+    if isinstance(score, (Score, Search)):
         return score
-    if score not in _LOGIT_SCORES:
-        raise UserError(
-            f"scores: no '{score}'.{nearest(score, _LOGIT_SCORES)} Known: {', '.join(_LOGIT_SCORES)}."
-        )
-    return _LOGIT_SCORES[score]
+    if callable(score):
+        return Score(None, lambda params, outputs, head: score(jnp.asarray(outputs["logits"])))
+    builder = known_scores.BUILDERS.get(score)
+    if builder is None:
+        known = known_scores.BUILDERS
+        raise UserError(f"scores: no '{score}'.{nearest(score, known)} Known: {', '.join(known)}.")
+    return builder()
+
+
+def _head(state: State) -> Head | None:
+    """The last layer, (kernel [D, C], bias [C]), of a network of `jaxlab.nn`; None where there is none."""
+    variables = getattr(state, "variables", {})
+    layer = variables.get("params", {}).get("head")
+    return None if layer is None else (layer["kernel"], layer["bias"])
+
+
+def _mean_fpr95(values: Mapping[str, np.ndarray], positive: Positive, rule: Rule) -> float:
+    """What a search goes by: FPR95 on the validation outliers, the mean over their sets."""
+    sign = -1 if positive == "id" else 1
+    rates = []
+    for name, scores in values.items():
+        if name != "id":
+            pair = (values["id"], scores) if positive == "id" else (scores, values["id"])
+            rates.append(fpr_at_recall(sign * pair[0], sign * pair[1], rule=rule))
+    return float(np.mean(rates))
 
 
 def _histograms(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -138,13 +262,33 @@ def plot(results: Results) -> dict[str, Figure]:
       results: metric -> `mean`, `stderr` and `values` over seeds.
 
     Returns:
-      `histogram_<score>`, a panel per OOD set, averaged over seeds; and `roc`, a panel per OOD set with a
-      curve per score, in a band of one standard error over seeds.
+      `histogram_<score>`, a panel per OOD set, averaged over seeds; `roc`, a panel per OOD set with a curve
+      per score, in a band of one standard error over seeds; and `auroc`, a heat map of all scores and sets.
     """
     pairs = [name.split("/", 2)[1:] for name in results if name.startswith("roc/")]
-    scores, sets = (list(dict.fromkeys(names)) for names in zip(*pairs))
-    figures = {f"histogram_{score}": _plot_histograms(results, score, sets) for score in scores}
-    return figures | {"roc": _plot_roc(results, scores, sets)}
+    drawn, sets = (list(dict.fromkeys(names)) for names in zip(*pairs))
+    figures = {f"histogram_{score}": _plot_histograms(results, score, sets) for score in drawn}
+    figures["roc"] = _plot_roc(results, drawn, sets)
+    scores = [name.split("/")[0] for name in results if name.endswith("/mean/auroc")]
+    return figures | {"auroc": _plot_auroc(results, scores, [*sets, "mean"])}
+
+
+def _plot_auroc(results: Results, scores: list[str], sets: list[str]) -> Figure:
+    """AUROC of every score on every set, the mean over seeds."""
+    values = np.array([[results[f"{score}/{name}/auroc"]["mean"] for name in sets] for score in scores])
+    figure = Figure(figsize=(2.4 + 0.8 * len(sets), 0.9 + 0.28 * len(scores)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="Blues", vmin=0.5, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > 0.8 else "#333333"
+        axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    labels = [score.replace("_", " ") for score in scores]
+    axes.set_yticks(range(len(scores)), labels, fontsize=8)
+    axes.set_xticks(range(len(sets)), [name.replace("_", " ") for name in sets], fontsize=8, rotation=20)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("AUROC in %", fontsize=9)
+    return figure
 
 
 def _plot_histograms(results: Results, score: str, sets: list[str]) -> Figure:

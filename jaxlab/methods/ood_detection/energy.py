@@ -133,9 +133,8 @@ def propose_margins(mean_in: float, mean_out: float, slack: float = 2.0) -> tupl
     m_in, m_out = float(mean_in) - slack, float(mean_out) + slack
     if not -math.inf < m_in < m_out < math.inf:
         raise UserError(
-            f"slack: with {slack} the margins would be {m_in:g} for in-distribution examples and {m_out:g} for"
-            " outliers, where the first must be below the second; take a larger slack, or outliers that the"
-            " classifier gives a higher mean energy."
+            f"slack: with {slack} the margins would be m_in={m_in:g} and m_out={m_out:g}, not in that order;"
+            " take a larger slack, or outliers that the classifier gives a higher mean energy."
         )
     return m_in, m_out
 

@@ -182,8 +182,8 @@ def odin_score(
 ) -> jax.Array:
     """-max softmax(f(x~) / T) of inputs that were moved by `odin_perturb`, [B, ...] -> [B].
 
-    Liang, Li & Srikant, *Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks*,
-    ICLR 2018. T and ε are chosen on validation outliers; the defaults are those of later comparisons.
+    Liang, Li & Srikant, *Enhancing The Reliability of Out-of-distribution Image Detection in Neural
+    Networks*, ICLR 2018. T and ε are chosen on validation outliers; the defaults are the usual ones.
 
     Args:
       apply_fn: `apply_fn(variables, x) -> logits` in evaluation mode.

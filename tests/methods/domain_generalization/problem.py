@@ -12,7 +12,24 @@ from jaxlab.nn.mlp import mlp
 
 ENVIRONMENTS, SIZE, CLASSES, WIDTH, STEPS = 3, 8, 3, 5, 6
 KEY, LR = jax.random.key(0), 1e-2
-NETWORK, ONE_LOGIT = mlp(CLASSES, hidden=(WIDTH,)), mlp(1, hidden=(WIDTH,))
+
+
+def fixed_variables(shapes):
+    """Parameters of these shapes, the same ones every time, without a compiled initialisation."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: jax.device_put(rng.uniform(-0.6, 0.6, x.shape).astype(x.dtype)), shapes)
+
+
+def fixed(network):
+    """A network that starts from `fixed_variables`."""
+
+    def init(key, inputs):
+        return fixed_variables(jax.eval_shape(network.init, key, inputs))
+
+    return network._replace(init=init)
+
+
+NETWORK, ONE_LOGIT = fixed(mlp(CLASSES, hidden=(WIDTH,))), fixed(mlp(1, hidden=(WIDTH,)))
 OPTIMIZER = optax.adam(LR)
 ERM = erm(NETWORK, OPTIMIZER)
 

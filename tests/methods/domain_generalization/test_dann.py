@@ -28,7 +28,7 @@ def test_losses_and_gradients_are_those_of_torch_to_second_order():
         return {"loss": loss, "weighted": weighted, **parts}
 
     def expected(z, w1, w2):
-        logits, ids = torch.tanh(z @ w1) @ w2, torch.tensor(IDS)
+        logits, ids = torch.tanh(z @ w1) @ w2, torch.tensor(IDS).long()
         losses = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
         gradient = torch.autograd.grad(losses.sum(), z, create_graph=True)[0]
         penalty = sum(row.norm() ** 2 for row in gradient) / 7
@@ -55,7 +55,7 @@ def _method(conditional, d_steps):
     return dann(
         problem.NETWORK,
         optax.adam(problem.LR, b1=BETAS[0], b2=BETAS[1]),
-        discriminator_network=mlp(E, hidden=(4,)),
+        discriminator_network=problem.fixed(mlp(E, hidden=(4,))),
         discriminator_optimizer=optax.adam(LR_D, b1=BETAS[0], b2=BETAS[1]),
         weight=0.8,
         d_steps=d_steps,
@@ -69,10 +69,14 @@ METHODS = {False: _method(False, 1), True: _method(True, 2)}
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_updates_of_both_kinds_are_those_of_torch(conditional):
+    """Without contexts the environments are told apart, and contexts where a batch has them."""
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
     method = METHODS[conditional]
-    state, update = method.init(problem.KEY, problem.BATCHES[0]), jax.jit(method.update)
+    trajectory = problem.BATCHES
+    if not conditional:
+        trajectory = [{name: batch[name] for name in ("image", "label")} for batch in trajectory]
+    state, update = method.init(problem.KEY, trajectory[0]), jax.jit(method.update)
     assert set(state.discriminator) == ({"network", "embedding"} if conditional else {"network"})
     network = problem.torch_layers(state.variables["params"])
     discriminator = problem.torch_layers(state.discriminator)
@@ -81,10 +85,12 @@ def test_updates_of_both_kinds_are_those_of_torch(conditional):
         for part, lr in ((network, problem.LR), (discriminator, LR_D))
     )
     kinds = "dgddgd" if conditional else "gdgdgd"
-    for step, (kind, batch) in enumerate(zip(kinds, problem.BATCHES)):
+    for step, (kind, batch) in enumerate(zip(kinds, trajectory)):
         images, labels = problem.torch_batch(batch)
         y = torch.cat(labels)
         env = torch.cat([torch.full_like(l, e) for e, l in enumerate(labels)])
+        if conditional:
+            env = torch.tensor(batch["context"]).long().flatten()
         logits, z = problem.torch_mlp(network, torch.cat(images))
         seen = z + discriminator["embedding"][y] if conditional else z
         guess, _ = problem.torch_mlp(discriminator["network"], seen)
@@ -120,18 +126,6 @@ def test_updates_of_both_kinds_are_those_of_torch(conditional):
     assert state.opt_state[0].count == kinds.count("g")
     assert state.discriminator_opt_state[0].count == kinds.count("d")
     assert update._cache_size() == 1
-
-
-def test_seeds_trained_as_one_program_are_those_trained_alone():
-    method, keys = METHODS[False], jax.random.split(problem.KEY, 2)
-    alone = [method.init(key, problem.BATCHES[0]) for key in keys]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
-    update, update_together = jax.jit(method.update), jax.jit(jax.vmap(method.update, (0, None, 0)))
-    for batch in problem.BATCHES[:2]:
-        together, _ = update_together(together, batch, keys)
-        alone = [update(state, batch, key)[0] for state, key in zip(alone, keys)]
-    for i, state in enumerate(alone):
-        jax.tree.map(problem.assert_close, jax.tree.map(lambda leaf: leaf[i], together), state)  # noqa: B023
 
 
 def test_prediction_is_that_of_the_network():

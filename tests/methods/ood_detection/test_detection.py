@@ -1,4 +1,5 @@
 import io
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ from jaxlab.core import UserError, build
 from jaxlab.core.statistics import mean_and_stderr
 from jaxlab.methods.ood_detection.detection import detection
 from jaxlab.methods.ood_detection.energy import energy, max_logit
+from jaxlab.methods.ood_detection.scores import knn, odin, react, search
 from jaxlab.metrics.detection import fpr_at_recall, ood_metrics, roc_curve
 
 
@@ -94,7 +96,7 @@ def test_equal_scores_are_drawn_and_count_as_chance():
     metrics = evaluator.evaluate(predict, 1.0)
     assert metrics["constant/mean/auroc"] == 0.5
     np.testing.assert_allclose(metrics["roc/constant/near"], np.linspace(0, 1, 101))
-    assert set(evaluator.plot(_over_seeds([metrics]))) == {"histogram_constant", "roc"}
+    assert set(evaluator.plot(_over_seeds([metrics]))) == {"histogram_constant", "roc", "auroc"}
 
 
 @pytest.mark.parametrize("positive", ["id", "ood"])
@@ -137,6 +139,83 @@ def test_bad_input_is_named_before_anything_runs(arguments, message):
         detection(**({"dataset": ID, "ood": OOD} | arguments))
 
 
+class State(NamedTuple):
+    variables: dict
+
+
+HEAD = {"kernel": np.eye(5, dtype=np.float32), "bias": np.zeros(5, np.float32)}
+STATE = State({"params": {"head": HEAD}})
+TRAIN = _columns(300, 4.0, 3)
+
+
+@jax.jit
+def predict_features(state, batch):
+    features = jax.nn.relu(batch["image"])
+    head = state.variables["params"]["head"]
+    return {"features": features, "logits": features @ head["kernel"] + head["bias"]}
+
+
+def test_fitted_scores_see_the_training_set_and_those_that_move_inputs_their_own_pass():
+    chosen = {"nearest": knn(k=5), "moved": odin(temperature=10.0, epsilon=0.5), "clipped": react()}
+    metrics = detection(ID, OOD, scores=chosen, train=TRAIN, batch_size=64).evaluate(predict_features, STATE)
+    outputs = {
+        name: jax.device_get(predict_features(STATE, columns))
+        for name, columns in {"train": TRAIN, "id": ID, **OOD}.items()
+    }
+    head = HEAD["kernel"], HEAD["bias"]
+    for name in ("nearest", "clipped"):
+        params = chosen[name].fit(outputs["train"], TRAIN["label"], head)
+        values = {ood: chosen[name].score(params, outputs[ood], head) for ood in ("id", *OOD)}
+        for ood in OOD:
+            expected = ood_metrics(values["id"], values[ood])["auroc"]
+            np.testing.assert_allclose(metrics[f"{name}/{ood}/auroc"], expected, atol=1e-6)
+
+    def of_images(images):
+        return predict_features(STATE, {"image": images})
+
+    odds = {}
+    for name, columns in {"id": ID, **OOD}.items():
+        moved = of_images(chosen["moved"].perturb(of_images, columns["image"]))
+        odds[name] = chosen["moved"].score(None, moved, head)
+    expected = ood_metrics(odds["id"], odds["far"])["auroc"]
+    np.testing.assert_allclose(metrics["moved/far/auroc"], expected, atol=1e-6)
+    with pytest.raises(UserError, match="train: 'nearest' is fitted"):
+        detection(ID, OOD, scores=chosen)
+
+
+def test_the_threshold_keeps_the_share_of_in_distribution_examples():
+    for tpr in (0.5, 0.95):
+        metrics = detection(ID, OOD, scores=("energy",), tpr=tpr).evaluate(predict, 1.0)
+        (threshold,) = metrics["threshold/energy"]
+        kept = np.mean(np.asarray(energy(ID["image"])) <= threshold)
+        assert tpr <= kept < tpr + 0.01
+
+
+def test_a_search_takes_what_does_best_on_the_validation_outliers_alone():
+    section = {"name": "ood_detection.detection", "scores": {"shaped": {"name": "search", "score": "react"}}}
+    section["scores"]["shaped"]["grid"] = {"percentile": [5.0, 50.0, 99.0]}
+    validation = {"validation": _columns(150, 4.0, 4), "validation_ood": {"v": _columns(120, 1.0, 5)}}
+    evaluator = build("evaluator", section, dataset=ID, ood=OOD, train=TRAIN, **validation)
+    metrics = evaluator.evaluate(predict_features, STATE)
+    rates = []
+    for percentile in (5.0, 50.0, 99.0):
+        one = detection(
+            validation["validation"],
+            validation["validation_ood"],
+            scores=(react(percentile=percentile),),
+            train=TRAIN,
+        )
+        rates.append(one.evaluate(predict_features, STATE)["react/mean/fpr95"])
+    assert len(set(rates)) > 1
+    (chosen,) = metrics["chosen/shaped"]
+    assert chosen == np.argmin(rates)
+    best = react(percentile=(5.0, 50.0, 99.0)[chosen])
+    alone = detection(ID, OOD, scores=(best,), train=TRAIN).evaluate(predict_features, STATE)
+    assert metrics["shaped/far/fpr95"] == alone["react/far/fpr95"]
+    with pytest.raises(UserError, match="'react' searches; give 'validation'"):
+        detection(ID, OOD, scores=(search(score="react", grid={"percentile": (5.0, 50.0)}),), train=TRAIN)
+
+
 def _over_seeds(seeds: list[dict]) -> dict[str, dict]:
     results = {}
     for name in seeds[0]:
@@ -151,6 +230,9 @@ def test_figures_have_a_panel_per_set_and_show_the_average_over_seeds():
     evaluator = build("evaluator", section, dataset=ID, ood=OOD)
     results = _over_seeds([evaluator.evaluate(predict, scale) for scale in (0.8, 1.0, 1.2)])
     figures = evaluator.plot(results)
+    heat_map = figures.pop("auroc").axes[0]
+    assert [label.get_text() for label in heat_map.get_yticklabels()] == ["energy", "max logit"]
+    assert [label.get_text() for label in heat_map.get_xticklabels()] == ["near", "far", "mean"]
     assert set(figures) == {"histogram_energy", "histogram_max_logit", "roc"}
     for figure in figures.values():
         assert [axes.get_title("left") for axes in figure.axes] == ["near", "far"]

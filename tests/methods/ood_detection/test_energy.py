@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.core import UserError
 from jaxlab.methods.ood_detection.energy import (
     energy,
     energy_bounded_loss,
@@ -11,6 +12,7 @@ from jaxlab.methods.ood_detection.energy import (
     max_logit,
     maximum_softmax_probability,
     outlier_exposure_loss,
+    propose_margins,
 )
 
 SCORES = (energy, maximum_softmax_probability, max_logit, outlier_exposure_loss)
@@ -175,3 +177,17 @@ def test_a_fully_masked_batch_leaves_the_outliers_term():
     energy_out = -np.log(np.exp(f_out).sum(-1))
     np.testing.assert_allclose(loss, np.mean(np.maximum(0, -2 - energy_out) ** 2), rtol=1e-5)
     assert aux["energy_in"] == 0
+
+
+def test_proposed_margins_lie_outside_the_mean_energies():
+    assert propose_margins(-10.9, -6.4) == pytest.approx((-12.9, -4.4))
+    assert propose_margins(jnp.float32(-6), np.float32(-8), slack=3) == pytest.approx((-9, -5))
+
+
+@pytest.mark.parametrize(
+    ("mean_in", "mean_out", "slack"),
+    [(-4.0, -8.0, 2.0), (-4.0, -9.0, 2.0), (-9.0, -4.0, -3.0), (np.nan, -4.0, 2.0), (-np.inf, -4.0, 2.0)],
+)
+def test_margins_that_would_invert_are_refused(mean_in, mean_out, slack):
+    with pytest.raises(UserError, match=f"slack: with {slack} the margins would be m_in="):
+        propose_margins(mean_in, mean_out, slack)
