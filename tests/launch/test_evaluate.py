@@ -145,6 +145,7 @@ DETECTING = runs.CONFIG.replace(
     noise = dict(name="outliers.uniform_noise", dataset=digits, count=50, maximum=16)
     c.data = dict(name="streams.resident", dataset=digits)
     c.network = dict(name="mlp", num_classes=10, hidden=[8])
+    c.optimizer = dict(name="sgd", learning_rate=1e-3)
     detection = dict(name="ood_detection.detection", dataset=digits, ood=dict(noise=noise), scores=["energy"])
     c.evaluators = dict(detection=detection)
     return c""",
