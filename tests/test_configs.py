@@ -127,25 +127,27 @@ def any_data(monkeypatch):
             for method in ("oracle", "irm", "mm_rex", "decaug_environments")
         ),
         "domain_generalization/colored_mnist.py:paper,vrex",
-        "domain_generalization/colored_mnist.py:paper,cdann,domainbed,3",
+        pytest.param(
+            "domain_generalization/colored_mnist.py:paper,cdann,domainbed,3", marks=pytest.mark.slow
+        ),
         *(
             f"domain_generalization/contexts.py:cpu,{method}"
             for method in ("erm", "dann", "coral", "erm_on_decaug_head")
         ),
-        "domain_generalization/contexts.py:paper,mmd,rotations,1",
+        pytest.param("domain_generalization/contexts.py:paper,mmd,rotations,1", marks=pytest.mark.slow),
         "domain_generalization/contexts.py:cpu,mixup,contexts,0,pairs",
         "domain_generalization/pacs.py",
-        "domain_generalization/pacs.py:paper,irm",
-        "domain_generalization/pacs.py:paper,decaug",
+        pytest.param("domain_generalization/pacs.py:paper,irm", marks=pytest.mark.slow),
+        pytest.param("domain_generalization/pacs.py:paper,decaug", marks=pytest.mark.slow),
         "domain_generalization/pacs.py:cpu,group_dro,office_home",
         "domain_generalization/nico.py",
-        "domain_generalization/nico.py:paper,decaug_paper,vehicle",
-        "domain_generalization/nico.py:cpu,group_dro",
+        pytest.param("domain_generalization/nico.py:paper,decaug_paper,vehicle", marks=pytest.mark.slow),
+        pytest.param("domain_generalization/nico.py:cpu,group_dro", marks=pytest.mark.slow),
         "domain_generalization/nico.py:cpu,cdann",
         "ood_detection/fashion_mnist.py",
-        "ood_detection/fashion_mnist.py:paper",
+        pytest.param("ood_detection/fashion_mnist.py:paper", marks=pytest.mark.slow),
         "ood_detection/cifar.py",
-        "ood_detection/cifar.py:paper,cifar100",
+        pytest.param("ood_detection/cifar.py:paper,cifar100", marks=pytest.mark.slow),
     ],
 )
 def test_a_config_whose_data_are_not_here_builds(file_and_arguments, any_data):

@@ -77,7 +77,7 @@ def test_dropout_takes_the_features_that_the_head_is_given_in_training_only():
     assert np.any(outputs["features"])
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_parameters_statistics_and_outputs_in_float32(depth):
     network = imagenet_resnet(5, depth=depth, dtype="bfloat16")
     variables = jax.eval_shape(network.init, jax.random.key(0), IMAGES)
@@ -88,7 +88,7 @@ def test_bfloat16_keeps_parameters_statistics_and_outputs_in_float32(depth):
     assert convolutions == ["bf16"] * {18: 20, 50: 53}[depth]
 
 
-@pytest.mark.parametrize(("depth", "features"), [(18, 512), (50, 2048)])
+@pytest.mark.parametrize(("depth", "features"), [(18, 512), pytest.param(50, 2048, marks=pytest.mark.slow)])
 def test_kernels_start_as_torchvisions(depth, features):
     network = imagenet_resnet(1000, depth=depth)
 

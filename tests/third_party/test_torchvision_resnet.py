@@ -109,7 +109,7 @@ def assert_close(actual, expected, name, tolerance=1e-4):
     )
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 def test_outputs_and_statistics_are_those_of_torch(depth, trained):
     import torch
 

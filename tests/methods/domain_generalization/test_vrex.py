@@ -37,8 +37,8 @@ def test_equal_risks_have_no_penalty_and_no_gradient(count):
     risks = jnp.full(count, 0.5)
     values, gradients = jax.jit(lambda r: (_penalties(r), jax.jacrev(_penalties)(r)))(risks)
     for kind in KINDS:
-        assert values[kind] == 0
-        np.testing.assert_array_equal(gradients[kind], 0)
+        np.testing.assert_allclose(values[kind], 0, atol=1e-12)
+        np.testing.assert_allclose(gradients[kind], 0, atol=1e-6)
 
 
 def test_domainbeds_updates_are_those_of_torch_with_a_new_adam_at_the_end_of_annealing():

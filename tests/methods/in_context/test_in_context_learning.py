@@ -109,6 +109,7 @@ def test_a_whole_curriculum_is_one_compilation(config_file):
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(replicas.state.variables))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config_file, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert runs.run(config_file, whole) == 0

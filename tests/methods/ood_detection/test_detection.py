@@ -164,8 +164,9 @@ def test_fitted_scores_see_the_training_set_and_those_that_move_inputs_their_own
     }
     head = HEAD["kernel"], HEAD["bias"]
     for name in ("nearest", "clipped"):
-        params = chosen[name].fit(outputs["train"], TRAIN["label"], head)
-        values = {ood: chosen[name].score(params, outputs[ood], head) for ood in ("id", *OOD)}
+        params = jax.jit(chosen[name].fit)(outputs["train"], TRAIN["label"], head)
+        score = jax.jit(chosen[name].score)
+        values = {ood: score(params, outputs[ood], head) for ood in ("id", *OOD)}
         for ood in OOD:
             expected = ood_metrics(values["id"], values[ood])["auroc"]
             np.testing.assert_allclose(metrics[f"{name}/{ood}/auroc"], expected, atol=1e-6)
@@ -173,10 +174,11 @@ def test_fitted_scores_see_the_training_set_and_those_that_move_inputs_their_own
     def of_images(images):
         return predict_features(STATE, {"image": images})
 
-    odds = {}
-    for name, columns in {"id": ID, **OOD}.items():
-        moved = of_images(chosen["moved"].perturb(of_images, columns["image"]))
-        odds[name] = chosen["moved"].score(None, moved, head)
+    @jax.jit
+    def odin_score(images):
+        return chosen["moved"].score(None, of_images(chosen["moved"].perturb(of_images, images)), head)
+
+    odds = {name: odin_score(columns["image"]) for name, columns in {"id": ID, **OOD}.items()}
     expected = ood_metrics(odds["id"], odds["far"])["auroc"]
     np.testing.assert_allclose(metrics["moved/far/auroc"], expected, atol=1e-6)
     with pytest.raises(UserError, match="train: 'nearest' is fitted"):
