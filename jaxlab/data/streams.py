@@ -69,8 +69,13 @@ def sampled(
       dataset: numeric columns of equal length.
       batch_size: B.
       transforms: applied in turn; each gets a key of its own at every step.
+
+    Raises:
+      UserError: the data set is empty.
     """
     columns, size = _on_device(dataset)
+    if size == 0:
+        raise UserError("dataset: it has no rows to draw from; check its split.")
 
     def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
         index_key, transform_key = jax.random.split(jax.random.fold_in(key, step))

@@ -104,6 +104,11 @@ def test_a_host_batch_does_not_depend_on_how_it_was_reached(data_dir):
     assert (stream.batch(0, jax.random.key(1))["index"] != read_ahead[0]["index"]).any()
 
 
+def test_a_sampled_stream_needs_rows():
+    with pytest.raises(UserError, match="no rows"):
+        streams.sampled({"label": np.zeros(0, np.int32)}, batch_size=2)
+
+
 def test_a_sampled_stream_covers_the_data_set_with_replacement():
     def spy(batch, key):
         return {**batch, "key": jax.random.key_data(key)}

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,8 +231,17 @@ def test_the_general_branch_is_the_closed_form_where_it_is_linear():
     jax.tree.map(problem.assert_close, general, closed)
 
 
+def test_a_branch_of_an_mlp_ends_at_the_width_it_begins_with():
+    head = DecAugHead(K, C, D, mlp_branch(hidden=(7, 5)))
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(head.init, problem.KEY, Z))["params"]
+    for branch in ("category_branch", "context_branch"):
+        kernels = {name: layer["kernel"] for name, layer in shapes[branch].items()}
+        assert kernels == {"dense1": (D, 7), "dense2": (7, 5), "out": (5, D)}
+
+
 def test_a_branch_with_hidden_layers_has_the_gradients_that_autodiff_gives():
-    head = DecAugHead(K, C, D, mlp_branch(hidden=(7,)))
+    # Curved, so that the gradient at z has a slope in z.
+    head = DecAugHead(K, C, D, nn.Sequential([nn.Dense(7), nn.tanh, nn.Dense(D)]))
     params = problem.fixed_variables(jax.eval_shape(head.init, problem.KEY, Z))["params"]
 
     def branch_loss(z, labels, branch):
