@@ -4,12 +4,14 @@
   python -m launch.train --config configs/domain_generalization/colored_mnist.py:cpu,irm --workdir runs/irm
 
 Arguments, in this order: the size; the method, see METHODS here (irm build) or in methods.py (domainbed); the
-build; the trial, 0 to 19, the seed of DomainBed's splits and draws.
+build; of the domainbed build the trial, 0 to 19, the seed of its splits and draws.
 
-`irm` build: full batches of two environments, 14×14, an MLP with one logit. `cpu`: 8,000 digits and 2,000 of
-the test; `paper`: 50,000 and 10,000, each method with the hyper-parameters of its official code, 10 restarts.
-A restart has an order, label noise and colours of its own; the test environment is the same for all. The
-official hyper-parameters were chosen with sight of the test environment.
+`irm` build: full batches of two environments, 14×14, an MLP with one logit. `cpu`: 8,000 digits and 2,000
+of the test; `paper`: 50,000 and 10,000, 10 restarts; oracle, ERM, IRM and V-REx with the hyper-parameters
+of their official code, MM-REx with V-REx's, the others with ERM's. DecAug's orthogonality is a sum over the
+batch, which is 125 or 780 times as large here as in its code, with the same weight. A restart has an order,
+label noise and colours of its own; the test environment is the same for all. The official hyper-parameters
+were chosen with sight of the test environment.
 `domainbed` build: minibatches of 64 an environment; all digits are shared out to three environments, the last
 of which is not trained on. `cpu`: 14×14 and an MLP; `paper`: 28×28 and DomainBed's network.
 """

@@ -8,8 +8,7 @@ Arguments, in this order: the size; the method, see METHODS in methods.py; anima
 A batch holds examples of several contexts, drawn at random like the groups of WILDS; they are the
 environments. `paper`: 225×225, ResNet-18 (for DecAug with a linear layer on top), SGD at the learning rate of
 DecAug's code, 80,000 batches of 64, about its 500 epochs; the code crops 225×225 from images of 233×233.
-`cpu`: images prepared with --size 64, a small convolutional network, 300 steps. Neither has been run: the
-images are not at hand.
+`cpu`: images prepared with --size 64, a small convolutional network, 300 steps. Not run.
 """
 
 from ml_collections import ConfigDict

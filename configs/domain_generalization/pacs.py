@@ -8,12 +8,12 @@ A stage for each held-out domain. Arguments, in this order: the size; the method
 the data set, a key of DOMAINS; the trial, 0 to 19, the seed of DomainBed's splits.
 
 `paper`: 224×224, ResNet-50 with frozen batch normalisation, Adam 5e-5, batches of 32 a domain, DomainBed's
-augmentation; DecAug has its own protocol: ResNet-18 with a linear layer on top, SGD, batches of 63 (64 in the
-code), no augmentation, and one learning rate for all domains (the code's differ by target). Both start from
-fresh weights; ImageNet's are read from a file, for DecAug in config.network.network, with
+augmentation; DecAug has its own: ResNet-18 with a linear layer on top, SGD, batches of 63 (64 in the code),
+no augmentation, and one learning rate for all domains (the code's differ by target); unlike its code it
+trains for 5,001 steps, not 100 epochs, on 80 % of the sources, not 90 %. Both start from fresh weights;
+ImageNet's are read from a file, for DecAug in config.network.network, with
   --config.network.name=third_party.torchvision_resnet:torchvision_resnet --config.network.path=resnet50.pth
-`cpu`: images prepared with --size 64, a small convolutional network, 300 steps. Neither has been run: the
-images are not at hand.
+`cpu`: images prepared with --size 64, a small convolutional network, 300 steps. Not run.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,8 @@ Arguments, in this order: the size; cifar10 or cifar100.
 `paper`: WRN-40-2, 100 epochs, then 10 of each fine-tuning with the published margins; six OOD sets, of which
 2,000 images are drawn ten times. Auxiliary data are the 300,000 random images that the authors of Outlier
 Exposure gave out after 80 Million Tiny Images was withdrawn: data set random_images. Each OOD set is a folder
-of images, prepared at 32×32, whichever its splits. It has not been run: the images are not at hand.
+of images, prepared at 32×32 (which squashes them, where the paper cuts out the centre), whichever its splits.
+Not run.
 `cpu`: 2,000 images to train and 1,000 to test, a small network, synthetic outliers only.
 """
 

@@ -43,11 +43,13 @@ def collect_outputs(
       `{key: array [N, ...]}` on the host.
 
     Raises:
-      UserError: the data set is empty, or there is no such output.
+      UserError: the data set is empty, the batch size below 1, or there is no such output.
     """
     size = len(next(iter(dataset.values()), ()))
     if size == 0:
         raise UserError("dataset: it has no rows to predict; check its split.")
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected 1 or more, got {batch_size}.")
     columns = {"index": np.arange(size, dtype=np.int32), **dataset}
     batch_size = min(batch_size, size)
     collected = []

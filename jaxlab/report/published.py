@@ -1,8 +1,8 @@
 """Published figures beside those of runs that follow the same protocol.
 
 A file of `third_party/published` has {"about", "protocol", "rows"}: the protocol is what the sections
-`evaluator` and `network` of a config must hold; a row names the data set, the stage, the score and the OOD
-set that its figures, in percent, are of, and its source.
+`evaluator` and `network` of a config must hold, and the OOD sets `ood`; a row names the data set, the stage,
+the score and the OOD set that its figures, in percent, are of, and its source.
 """
 
 import json
@@ -39,7 +39,8 @@ def _of_part(part: Run, file: Mapping[str, Any]) -> Iterator[Comparison]:
     if not _holds(part.config.get("network") or {}, protocol["network"]):
         return
     for name, section in part.config.get("evaluators", {}).items():
-        if not _holds(section, protocol["evaluator"]):
+        same_sets = set(section.get("ood", ())) == set(protocol["ood"])
+        if not same_sets or not _holds(section, protocol["evaluator"]):
             continue
         dataset = section.get("dataset", {})
         for row in file["rows"]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlab.core import Batch, Evaluator, Outputs, State, UserError
+from jaxlab.core.resolve import describe
 from jaxlab.core.statistics import mean_and_stderr
 from jaxlab.train import devices
 
@@ -31,7 +32,7 @@ def make_evaluate(
     one and the same `predict` for all seeds and evaluations, so that what they compile is compiled once.
 
     Raises:
-      UserError: an evaluator gave other metrics for one seed than for another.
+      UserError: an evaluator failed, or gave other metrics for one seed than for another.
     """
     everywhere = devices.replicated(mesh)
 
@@ -46,13 +47,21 @@ def make_evaluate(
 
     pick = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree), out_shardings=everywhere)
 
+    def measure(name: str, evaluator: Evaluator, state: State) -> dict[str, Any]:
+        try:
+            return evaluator.evaluate(predict_split, state)
+        except UserError as error:
+            raise UserError(f"evaluators.{name}: {error}") from error
+        except Exception as error:  # what data and network that do not fit it lead to
+            raise UserError(f"evaluators.{name}: failed: {describe(error)}.") from error
+
     def evaluate(states: State) -> dict[str, Summary]:
         seeds = jax.tree.leaves(states)[0].shape[0]
         collected: dict[str, list[Any]] = {}
         for i in range(seeds):
             state = pick(states, i)
             for name, evaluator in evaluators.items():
-                for metric, value in evaluator.evaluate(predict_split, state).items():
+                for metric, value in measure(name, evaluator, state).items():
                     collected.setdefault(f"{name}/{metric}", []).append(np.asarray(value, np.float64))
         for name, values in collected.items():
             if len(values) != seeds or len({value.shape for value in values}) > 1:

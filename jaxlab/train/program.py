@@ -258,7 +258,6 @@ def check_fit(
       UserError: method, network and data do not fit each other, or `update` does not return the state it
         was given and scalars.
     """
-    batch = None if stream.on_device else stream.batch(0, jax.random.key(0))
 
     def init_and_update(key: chex.PRNGKey, handed_over: Any) -> Any:
         first = stream.batch(0, key) if batch is None else batch
@@ -266,6 +265,7 @@ def check_fit(
         return state, make_method(None).update(state, first, key)
 
     try:
+        batch = None if stream.on_device else stream.batch(0, jax.random.key(0))
         state, (updated, metrics) = jax.eval_shape(init_and_update, jax.random.key(0), handed_over)
     except UserError:
         raise

@@ -6,7 +6,9 @@ from jaxlab.report.page import write_report
 from jaxlab.report.published import beside_published
 from jaxlab.report.runs import read_runs
 
+SETS = ("textures", "svhn_test", "places365", "lsun_crop", "lsun_resize", "isun")
 PROTOCOL = dict(name="ood_detection.detection", positive="id", rule="nearest", n_ood=2000, draws=10)
+PROTOCOL["ood"] = {name: dict(name="store.arrays", dataset=name, split="all") for name in SETS}
 NETWORK = dict(name="wide_resnet", num_classes=10, depth=40, widen_factor=2, dropout_rate=0.3)
 TEST = dict(name="store.arrays", dataset="cifar10", split="test")
 
@@ -39,6 +41,7 @@ def test_the_published_row_of_the_same_experiment_is_found(write_run, tmp_path):
         dict(dataset={**TEST, "dataset": "cifar100", "split": "test[:100]"}),
         dict(n_ood=200),
         dict(positive="ood"),
+        dict(ood={name: {} for name in SETS[:2]}),
     ],
 )
 def test_another_protocol_is_not_compared(write_run, tmp_path, change):

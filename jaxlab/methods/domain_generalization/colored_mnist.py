@@ -60,7 +60,12 @@ def colored_mnist(dataset: Dataset, *, flip: float, stride: int = 2, seed: int =
 
     Returns:
       `image` float32 [N, 28 / stride, 28 / stride, 2], `label` and `color` int32 [N].
+
+    Raises:
+      UserError: `flip` is no share, or the stride below 1.
     """
+    if not 0 <= flip <= 1 or stride < 1:
+        raise UserError(f"colored_mnist: flip is {flip}, stride {stride}; give a share and 1 or more.")
     u_label, u_color = np.random.default_rng(seed).random((2, len(dataset["label"])), np.float32)
     image, label, color = make_colored_mnist(
         dataset["image"], dataset["label"], u_label, u_color, flip, stride
@@ -80,7 +85,12 @@ def every_third(dataset: Dataset, *, start: int, seed: int = 0) -> Dataset:
       dataset: columns of N rows.
       start: 0, 1 or 2.
       seed: of the order, which the three environments share.
+
+    Raises:
+      UserError: there is no such environment.
     """
+    if start not in (0, 1, 2):
+        raise UserError(f"colored_mnist.every_third: start is {start}; it may be 0, 1 or 2.")
     order = np.random.default_rng(seed).permutation(len(dataset["label"]))
     return {name: column[order[start::3]] for name, column in dataset.items()}
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlab.core import Batch, Method, Network, Variables
+from jaxlab.core import Batch, Method, Network, UserError, Variables
 from jaxlab.core.updates import apply_gradient
 from jaxlab.methods.domain_generalization.environments import (
     Loss,
@@ -121,6 +121,9 @@ def dann(
         class counts alike in its cross entropy.
       loss: "softmax", or "sigmoid" for a network with one logit and labels in {0, 1}.
     """
+
+    if d_steps < 1:
+        raise UserError(f"d_steps: expected 1 or more, got {d_steps}.")
 
     def init(key: chex.PRNGKey, batch: Batch) -> DANNState:
         network_key, discriminator_key, embedding_key = jax.random.split(key, 3)

@@ -8,7 +8,8 @@ From the features z of a backbone, one branch makes an embedding that tells the 
 tells the context. The classes are predicted from both; in training the context embedding is first moved
 along the gradient that raises the context loss.
 
-The paper and its code differ, and `DecAugConfig` has a field for each difference:
+The paper and its code differ, and `DecAugConfig` has a field for each difference. The column of the paper is
+its usual reading, not checked against its equations. A sum over the batch grows with it; the code has 64.
 
 | | `OFFICIAL`, as released | `PAPER`, as written |
 |---|---|---|

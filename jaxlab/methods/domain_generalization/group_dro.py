@@ -85,7 +85,7 @@ def group_dro(
 
     def init(key: chex.PRNGKey, batch: Batch) -> GroupDROState:
         variables = init_network(network, key, batch)
-        groups = num_groups or len(batch["label"])
+        groups = len(batch["label"]) if num_groups is None else num_groups
         log_q = jax.nn.log_softmax(jnp.zeros(groups))
         return GroupDROState(variables, optimizer.init(variables["params"]), log_q)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlab.core import Batch, Method, Network, Variables
+from jaxlab.core import Batch, Method, Network, UserError, Variables
 from jaxlab.core.updates import TrainState, gradient_update
 from jaxlab.methods.domain_generalization.environments import (
     Loss,
@@ -57,6 +57,9 @@ def mixup(
       alpha: of Beta(alpha, alpha); 0.2 in DomainBed.
       loss: "softmax", or "sigmoid" for a network with one logit and labels in {0, 1}.
     """
+
+    if alpha <= 0:
+        raise UserError(f"alpha: expected a number above 0, got {alpha}.")
 
     def init(key: chex.PRNGKey, batch: Batch) -> TrainState:
         variables = init_network(network, key, batch)

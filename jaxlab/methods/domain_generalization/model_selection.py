@@ -11,7 +11,8 @@ one figure, the accuracy on the in part of τ:
                         both τ and j
   oracle                the highest accuracy on the out part of τ, looking at the last step of each run only:
                         it sees the test domain, and is an upper bound on what selection can give
-  last                  no selection (not in DomainBed): the last step of hyper-parameters 0, the defaults
+  last                  no selection (not in DomainBed): the last step of hyper-parameters 0, which are the
+                        defaults there and the first run of a sweep here
 
 In DomainBed a trial has a split and random hyper-parameters of its own. Here a trial is a seed of a run, so
 that the trials of a sweep share their hyper-parameters; the selection is made within each trial, as there.
@@ -59,7 +60,12 @@ def holdout_split(
 
     Returns:
       The indices of the in part and of the out part, int64, in shuffled order; together they are 0 … n-1.
+
+    Raises:
+      UserError: `holdout_fraction` is no share.
     """
+    if not 0 <= holdout_fraction < 1:
+        raise UserError(f"holdout_fraction: {holdout_fraction} is no share; give one from 0 to below 1.")
     indices = list(range(size))
     np.random.RandomState(seed_hash(trial_seed, environment)).shuffle(indices)
     held_out = int(size * holdout_fraction)

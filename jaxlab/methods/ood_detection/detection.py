@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from jaxlab.core import Batch, Evaluator, Outputs, State, UserError
 from jaxlab.core.errors import nearest
 from jaxlab.methods.ood_detection import scores as known_scores
+from jaxlab.methods.ood_detection.logit_scores import Head
 from jaxlab.methods.ood_detection.scores import Score, Search
 from jaxlab.metrics.detection import (
     Positive,
     Rule,
     evaluate_draws,
-    fpr_at_recall,
     ood_metrics,
     roc_curve,
     threshold_at_tpr,
@@ -26,7 +26,6 @@ from jaxlab.metrics.detection import (
 from jaxlab.metrics.outputs import Dataset, Transform, collect_outputs
 
 LogitScore = Callable[[jax.Array], jax.Array]  # logits [N, K] -> scores [N], larger = more OOD
-Head = tuple[jax.Array, jax.Array]
 Results = Mapping[str, Mapping[str, Any]]
 
 _BINS = 50
@@ -100,7 +99,9 @@ def detection(
         if isinstance(score, Search) and (validation is None or not validation_ood):
             raise UserError(f"scores: '{name}' searches; give 'validation' and 'validation_ood' data sets.")
         if train is None and any(candidate.fit for candidate in candidates[name]):
-            raise UserError(f"train: '{name}' is fitted; give the training set, with labels.")
+            raise UserError(f"train: '{name}' is fitted; give the training set.")
+    if train is not None and "label" not in train:
+        raise UserError("train: it has no column 'label', which scores are fitted with.")
     compiled = {name: tuple(map(_Compiled, scores)) for name, scores in candidates.items()}
     sets = {"id": dataset, **ood}
     searched = {"id": validation, **(validation_ood or {})}
@@ -116,6 +117,10 @@ def detection(
 
     def evaluate(predict: Callable[[State, Batch], Outputs], state: State) -> dict[str, Any]:
         head = _head(state)
+        if head is None and any(score.fit for scores in compiled.values() for score in scores):
+            raise UserError(
+                "scores: fitted ones need a network with a last layer params['head']; take others."
+            )
 
         def outputs_of(columns: Dataset, predict: Callable = predict) -> dict[str, np.ndarray]:
             return collect_outputs(
@@ -219,20 +224,14 @@ def _score(score: str | LogitScore | Score | Search) -> Score | Search:
 
 def _head(state: State) -> Head | None:
     """The last layer, (kernel [D, C], bias [C]), of a network of `jaxlab.nn`; None where there is none."""
-    variables = getattr(state, "variables", {})
-    layer = variables.get("params", {}).get("head")
-    return None if layer is None else (layer["kernel"], layer["bias"])
+    layer = getattr(state, "variables", {}).get("params", {}).get("head", {})
+    return (layer["kernel"], layer["bias"]) if {"kernel", "bias"} <= set(layer) else None
 
 
 def _mean_fpr95(values: Mapping[str, np.ndarray], positive: Positive, rule: Rule) -> float:
     """What a search goes by: FPR95 on the validation outliers, the mean over their sets."""
-    sign = -1 if positive == "id" else 1
-    rates = []
-    for name, scores in values.items():
-        if name != "id":
-            pair = (values["id"], scores) if positive == "id" else (scores, values["id"])
-            rates.append(fpr_at_recall(sign * pair[0], sign * pair[1], rule=rule))
-    return float(np.mean(rates))
+    others = [scores for name, scores in values.items() if name != "id"]
+    return float(np.mean([ood_metrics(values["id"], scores, positive, rule)["fpr95"] for scores in others]))
 
 
 def _histograms(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import jax
 
 from jaxlab.core import Outputs, UserError
 from jaxlab.core.errors import nearest
+from jaxlab.core.resolve import check_arguments
 from jaxlab.methods.ood_detection import activation_shaping, feature_scores, logit_scores, neighbor_scores
 from jaxlab.methods.ood_detection import energy as free_energy
 from jaxlab.methods.ood_detection.logit_scores import Head
@@ -63,11 +64,13 @@ def _named(builder: Callable[..., Score]) -> Callable[..., Score]:
 
 @_named
 def maximum_softmax_probability() -> Score:
+    """`energy.maximum_softmax_probability`."""
     return _of_logits(free_energy.maximum_softmax_probability)
 
 
 @_named
 def max_logit() -> Score:
+    """`energy.max_logit`."""
     return _of_logits(free_energy.max_logit)
 
 
@@ -157,15 +160,14 @@ def relative_mahalanobis() -> Score:
 
 
 @_named
-def knn(*, k: int = 50, chunk: int = 4096, shards: int = 1) -> Score:
+def knn(*, k: int = 50, chunk: int = 4096) -> Score:
     """`neighbor_scores.knn_score`.
 
     Args:
       k: which neighbour; at most the number of examples it is fitted on.
       chunk: rows of the bank that are compared with at a time.
-      shards: parts of the bank, its first axis, to lay over as many devices.
     """
-    fit = functools.partial(neighbor_scores.fit_knn, k=k, chunk=chunk, shards=shards)
+    fit = functools.partial(neighbor_scores.fit_knn, k=k, chunk=chunk)
     return _fitted(fit, functools.partial(neighbor_scores.knn_score, k=k))
 
 
@@ -252,9 +254,9 @@ def fdbd() -> Score:
 
 
 @_named
-def nnguide(*, k: int = 100, chunk: int = 4096, shards: int = 1) -> Score:
-    """`neighbor_scores.nnguide_score`; `k` neighbours are averaged, `chunk` and `shards` are as for `knn`."""
-    fit = functools.partial(neighbor_scores.fit_nnguide, k=k, chunk=chunk, shards=shards)
+def nnguide(*, k: int = 100, chunk: int = 4096) -> Score:
+    """`neighbor_scores.nnguide_score`; `k` neighbours are averaged, `chunk` is as for `knn`."""
+    fit = functools.partial(neighbor_scores.fit_nnguide, k=k, chunk=chunk)
     return _fitted(fit, functools.partial(neighbor_scores.nnguide_score, k=k))
 
 
@@ -302,14 +304,13 @@ def search(
         raise UserError(
             f"search: no score '{score}'.{nearest(score, BUILDERS)} Known: {', '.join(BUILDERS)}."
         )
-    try:
-        candidates = tuple(
-            BUILDERS[score](**(fixed or {}), **dict(zip(grid, values)))
-            for values in itertools.product(*grid.values())
-        )
-    except TypeError as error:
-        raise UserError(f"search: {error}.") from error
-    return Search(candidates, score)
+    candidates = []
+    for values in itertools.product(*grid.values()):
+        keys = {**(fixed or {}), **dict(zip(grid, values))}
+        candidates.append(BUILDERS[score](**check_arguments(BUILDERS[score], keys, "search", f"{score}()")))
+    if not candidates:
+        raise UserError("search: an argument in the grid has no values.")
+    return Search(tuple(candidates), score)
 
 
 # All scores that a name is enough for.
