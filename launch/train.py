@@ -2,7 +2,7 @@
 
   python -m launch.train --config configs/ood_detection/digits.py --workdir runs/digits
   python -m launch.train --config configs/ood_detection/digits.py:paper --workdir runs/paper
-  python -m launch.train --config ... --workdir ... --config.seeds=2 --config.network.norm_order=after
+  python -m launch.train --config ... --workdir ... --config.seeds=2 --config.network.order=swap
 
 Run it again after a crash, a kill or a full disk and it goes on from the newest checkpoint, to the same
 result. On a finished run it prints the result. Several hosts: the same command on each.

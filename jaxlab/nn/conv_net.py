@@ -1,6 +1,5 @@
 """A small plain convolutional network."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab.core import Network, Outputs, UserError
-from jaxlab.nn.layers import FAN_IN_UNIFORM, activation_function, classify
+from jaxlab.nn import activations
+from jaxlab.nn.activations import Activation
+from jaxlab.nn.layers import FAN_IN_UNIFORM, classify, symmetric_uniform
 from jaxlab.nn.linen import from_linen
-from jaxlab.nn.normalization import NormOrder, norm_activation
+from jaxlab.nn.normalization import NormActivation, Order, needs_bias
 
 
 class ConvNet(nn.Module):
@@ -20,8 +21,9 @@ class ConvNet(nn.Module):
     num_classes: int | None
     channels: tuple[int, ...]
     strides: tuple[int, ...]
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
+    use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -34,18 +36,14 @@ class ConvNet(nn.Module):
                 (3, 3),
                 strides=stride,
                 padding=1,
-                use_bias=False,
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 kernel_init=FAN_IN_UNIFORM,
+                bias_init=symmetric_uniform((9 * x.shape[-1]) ** -0.5),
                 name=f"conv{i}",
             )
-            x = norm_activation(
-                conv(x),
-                activation=self.activation,
-                norm_order=self.norm_order,
-                train=train,
-                name=f"norm{i}",
-            )
+            pair = NormActivation(activation=self.activation, order=self.order, name=f"norm{i}")
+            x = pair(conv(x), train=train)
         return classify(x.mean((1, 2), dtype=jnp.float32), self.num_classes)
 
 
@@ -54,20 +52,22 @@ def conv_net(
     *,
     channels: tuple[int, ...] = (16, 32, 64),
     strides: tuple[int, ...] = (1, 2, 2),
-    norm_order: NormOrder = "before",
-    activation: str = "relu",
+    order: Order = "convention",
+    activation: str | Activation = "relu",
+    use_bias: bool | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
     """3×3 convolutions, each with batch normalisation and activation, then the global mean, on [B, H, W, C].
 
-    Convolutions have no bias and symmetric padding 1; initialised as PyTorch does by default.
+    Convolutions have symmetric padding 1; initialised as PyTorch does by default.
 
     Args:
       num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       channels: of each convolution.
       strides: of each convolution.
-      norm_order: whether batch normalisation stands before or after the activation.
-      activation: the name of an activation in `jax.nn`.
+      order: whether batch normalisation stands before ("convention") or after ("swap") the activation.
+      activation: one of `jaxlab.nn.activations`, or its name.
+      use_bias: whether convolutions have a bias; None: in the order "swap", where nothing cancels it.
       dtype: what the convolutions compute in; parameters, statistics, features and logits are float32.
 
     Raises:
@@ -79,8 +79,9 @@ def conv_net(
         num_classes=num_classes,
         channels=channels,
         strides=strides,
-        norm_order=norm_order,
-        activation=activation_function(activation),
+        order=order,
+        activation=activations.get(activation),
+        use_bias=needs_bias(use_bias, order),
         dtype=jnp.dtype(dtype),
     )
     return from_linen(module)

@@ -17,7 +17,7 @@ from jax.nn.initializers import variance_scaling
 from jaxlab.core import Network, Outputs
 from jaxlab.nn.layers import classify
 from jaxlab.nn.linen import from_linen
-from jaxlab.nn.normalization import BatchNorm, norm_activation
+from jaxlab.nn.normalization import BatchNorm, NormActivation, sow_activations
 from jaxlab.nn.resnet import BasicBlock
 
 _CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
@@ -35,18 +35,18 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT)
-        norm_relu = functools.partial(
-            norm_activation, activation=jax.nn.relu, norm_order="before", train=train
-        )
-        h = norm_relu(conv(self.features, (1, 1), name="conv1")(x), name="norm1")
+        norm_relu = functools.partial(NormActivation, activation=jax.nn.relu, order="convention")
+        h = norm_relu(name="norm1")(conv(self.features, (1, 1), name="conv1")(x), train=train)
         h = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv2")(h)
-        h = norm_relu(h, name="norm2")
+        h = norm_relu(name="norm2")(h, train=train)
         h = conv(4 * self.features, (1, 1), name="conv3")(h)
         h = BatchNorm(name="norm3")(h, train=train)
         if x.shape != h.shape:
             x = conv(h.shape[-1], (1, 1), strides=self.stride, padding=0, name="shortcut_conv")(x)
             x = BatchNorm(name="shortcut_norm")(x, train=train)
-        return jax.nn.relu(h + x)
+        out = jax.nn.relu(h + x)
+        sow_activations(self, out, out)
+        return out
 
 
 class ImageNetResNet(nn.Module):
@@ -68,8 +68,9 @@ class ImageNetResNet(nn.Module):
             make_block = functools.partial(
                 BasicBlock,
                 project=True,
-                norm_order="before",
+                order="convention",
                 activation=jax.nn.relu,
+                use_bias=False,
                 kernel_init=_CONV_INIT,
                 dtype=self.dtype,
             )
@@ -84,13 +85,8 @@ class ImageNetResNet(nn.Module):
             kernel_init=_CONV_INIT,
             name="stem",
         )
-        x = norm_activation(
-            stem(inputs.astype(self.dtype)),
-            activation=jax.nn.relu,
-            norm_order="before",
-            train=batch_statistics,
-            name="stem_norm",
-        )
+        norm_relu = NormActivation(activation=jax.nn.relu, order="convention", name="stem_norm")
+        x = norm_relu(stem(inputs.astype(self.dtype)), train=batch_statistics)
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for group, (width, blocks) in enumerate(zip(_WIDTHS, self.blocks), start=1):
             for block in range(1, blocks + 1):

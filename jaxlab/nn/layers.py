@@ -1,39 +1,16 @@
-"""What the networks share: activations by name, initialisation, the linear head."""
-
-from collections.abc import Callable
+"""What the networks share: initialisation, the linear head."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, variance_scaling
 
-from jaxlab.core import Outputs, UserError
-from jaxlab.core.errors import nearest
-
-_ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "elu": jax.nn.elu,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "hard_tanh": jax.nn.hard_tanh,
-    "soft_sign": jax.nn.soft_sign,
-    "sigmoid": jax.nn.sigmoid,
-}
+from jaxlab.core import Outputs
 
 # U(±1/√fan_in), with which PyTorch starts the kernels of linear and convolutional layers.
 FAN_IN_UNIFORM: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
 # He et al., arXiv 1502.01852, equation 10; not truncated, as JAX's own `he_normal` is.
 HE_NORMAL: Initializer = variance_scaling(2.0, "fan_in", "normal")
-
-
-def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The elementwise function that JAX has under `name`, or `UserError`."""
-    if name not in _ACTIVATIONS:
-        names = ", ".join(_ACTIVATIONS)
-        raise UserError(f"network.activation: no '{name}'.{nearest(name, _ACTIVATIONS)} It may be: {names}.")
-    return _ACTIVATIONS[name]
 
 
 def symmetric_uniform(bound: float) -> Initializer:

@@ -2,6 +2,7 @@
 
 import flax.errors
 import flax.linen as nn
+import flax.traverse_util
 import jax.numpy as jnp
 
 from jaxlab.core import Network
@@ -17,6 +18,8 @@ def from_linen(module: nn.Module) -> Network:
 
     Returns:
       A `Network`. Its variables are plain dicts; its logits are float32, whatever the module computes in.
+      Where its variables are given with an empty collection `intermediates`, its outputs have `activations`:
+      a tuple, in the order of the layers, of dicts of what each sows (see `sow_activations`).
       `apply` raises `ValueError` where the module draws random numbers and no key is given.
     """
 
@@ -24,7 +27,8 @@ def from_linen(module: nn.Module) -> Network:
         return module.init(key, inputs, train=False)
 
     def apply(variables, inputs, *, train, key=None):
-        mutable = ["batch_stats"] if train and "batch_stats" in variables else []
+        updated = {"batch_stats"} if train else set()
+        mutable = [name for name in variables if name in updated | {"intermediates"}]
         rngs = {} if key is None else {"dropout": key}
         try:
             outputs, updates = module.apply(variables, inputs, train=train, rngs=rngs, mutable=mutable)
@@ -33,6 +37,9 @@ def from_linen(module: nn.Module) -> Network:
                 raise
             name = type(module).__name__
             raise ValueError(f"{name} draws random numbers (dropout): apply needs `key`.") from error
+        if "intermediates" in variables:
+            sown = flax.traverse_util.flatten_dict(updates.pop("intermediates", {}))
+            outputs = {**outputs, "activations": tuple(layer for (layer,) in sown.values())}
         if "logits" in outputs:
             outputs = {**outputs, "logits": jnp.asarray(outputs["logits"], jnp.float32)}
         return outputs, {**variables, **updates} if updates else variables

@@ -1,6 +1,5 @@
 """A multi-layer perceptron."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -9,9 +8,11 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxlab.core import Network, Outputs
-from jaxlab.nn.layers import FAN_IN_UNIFORM, activation_function, classify, dense
+from jaxlab.nn import activations
+from jaxlab.nn.activations import Activation, submodule
+from jaxlab.nn.layers import FAN_IN_UNIFORM, classify, dense
 from jaxlab.nn.linen import from_linen
-from jaxlab.nn.normalization import NormOrder, norm_activation
+from jaxlab.nn.normalization import NormActivation, Order, needs_bias, sow_activations
 
 
 class MLP(nn.Module):
@@ -20,8 +21,8 @@ class MLP(nn.Module):
     num_classes: int | None
     hidden: tuple[int, ...]
     norm: str | None
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
     use_bias: bool
     dropout_rate: float
     kernel_init: Initializer
@@ -42,15 +43,11 @@ class MLP(nn.Module):
                 dtype=self.dtype,
             )
             if self.norm is None:
-                x = self.activation(x)
+                x = submodule(self.activation, f"shift{i}")(x)
+                sow_activations(self, x, x, f"activations{i}")
             else:
-                x = norm_activation(
-                    x,
-                    activation=self.activation,
-                    norm_order=self.norm_order,
-                    train=train,
-                    name=f"norm{i}",
-                )
+                pair = NormActivation(activation=self.activation, order=self.order, name=f"norm{i}")
+                x = pair(x, train=train)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return classify(x, self.num_classes, kernel_init=self.kernel_init, bias_init=self.bias_init)
 
@@ -60,8 +57,8 @@ def mlp(
     *,
     hidden: tuple[int, ...] = (128,),
     norm: Literal["batch_norm"] | None = None,
-    norm_order: NormOrder = "before",
-    activation: str = "relu",
+    order: Order = "convention",
+    activation: str | Activation = "relu",
     use_bias: bool | None = None,
     dropout_rate: float = 0.0,
     kernel_init: Initializer = FAN_IN_UNIFORM,
@@ -74,8 +71,8 @@ def mlp(
       num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       hidden: the width of each hidden layer; none gives a linear classifier.
       norm: the normalisation of each hidden layer, if any.
-      norm_order: whether it stands before or after the activation.
-      activation: the name of an activation in `jax.nn`.
+      order: whether it stands before ("convention") or after ("swap") the activation.
+      activation: one of `jaxlab.nn.activations`, or its name.
       use_bias: whether the hidden layers have a bias. None: they do, unless a normalisation follows
         immediately, which would cancel it.
       dropout_rate: the share of hidden units, after activation and normalisation, that training drops.
@@ -86,15 +83,13 @@ def mlp(
     Raises:
       UserError: unknown activation.
     """
-    if use_bias is None:
-        use_bias = norm is None or norm_order == "after"
     module = MLP(
         num_classes=num_classes,
         hidden=hidden,
         norm=norm,
-        norm_order=norm_order,
-        activation=activation_function(activation),
-        use_bias=use_bias,
+        order=order,
+        activation=activations.get(activation),
+        use_bias=needs_bias(use_bias, order if norm else "swap"),
         dropout_rate=dropout_rate,
         kernel_init=kernel_init,
         bias_init=bias_init,

@@ -7,7 +7,6 @@ without max pooling, and projection shortcuts where the shape changes (option B)
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import chex
@@ -17,9 +16,11 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxlab.core import Network, Outputs
-from jaxlab.nn.layers import HE_NORMAL, activation_function, classify
+from jaxlab.nn import activations
+from jaxlab.nn.activations import Activation, submodule
+from jaxlab.nn.layers import HE_NORMAL, classify
 from jaxlab.nn.linen import from_linen
-from jaxlab.nn.normalization import BatchNorm, NormOrder, norm_activation
+from jaxlab.nn.normalization import BatchNorm, NormActivation, Order, needs_bias, sow_activations
 
 
 class Layout(NamedTuple):
@@ -43,31 +44,32 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     project: bool
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
+    use_bias: bool
     kernel_init: Initializer
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(
-            nn.Conv, self.features, use_bias=False, dtype=self.dtype, kernel_init=self.kernel_init
+            nn.Conv, self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
         )
         h = conv((3, 3), strides=self.stride, padding=1, name="conv1")(x)
-        h = norm_activation(
-            h, activation=self.activation, norm_order=self.norm_order, train=train, name="norm1"
-        )
+        pair = functools.partial(NormActivation, activation=self.activation, order=self.order)
+        h = pair(name="norm1")(h, train=train)
         h = conv((3, 3), padding=1, name="conv2")(h)
         if x.shape != h.shape and self.project:
-            x = conv((1, 1), strides=self.stride, padding=0, name="shortcut_conv")(x)
+            x = conv((1, 1), strides=self.stride, padding=0, use_bias=False, name="shortcut_conv")(x)
             x = BatchNorm(name="shortcut_norm")(x, train=train)
         elif x.shape != h.shape:
             half = (self.features - x.shape[-1]) // 2
             x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (half, half)))
-        norm = BatchNorm(name="norm2")
-        if self.norm_order == "before":
-            return self.activation(norm(h, train=train) + x)
-        return norm(self.activation(h), train=train) + x
+        if self.order == "swap":
+            return pair(name="norm2")(h, train=train) + x
+        out = submodule(self.activation, "shift2")(BatchNorm(name="norm2")(h, train=train) + x)
+        sow_activations(self, out, out)
+        return out
 
 
 class ResNet(nn.Module):
@@ -75,8 +77,9 @@ class ResNet(nn.Module):
 
     num_classes: int | None
     layout: Layout
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
+    use_bias: bool
     kernel_init: Initializer
     dtype: jnp.dtype
 
@@ -87,26 +90,22 @@ class ResNet(nn.Module):
             self.layout.channels[0],
             (3, 3),
             padding=1,
-            use_bias=False,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             name="stem",
         )
-        x = norm_activation(
-            stem(inputs.astype(self.dtype)),
-            activation=self.activation,
-            norm_order=self.norm_order,
-            train=train,
-            name="stem_norm",
-        )
+        pair = NormActivation(activation=self.activation, order=self.order, name="stem_norm")
+        x = pair(stem(inputs.astype(self.dtype)), train=train)
         for group, (features, blocks) in enumerate(zip(self.layout.channels, self.layout.blocks), start=1):
             for block in range(1, blocks + 1):
                 x = BasicBlock(
                     features=features,
                     stride=2 if group > 1 and block == 1 else 1,
                     project=self.layout.project,
-                    norm_order=self.norm_order,
+                    order=self.order,
                     activation=self.activation,
+                    use_bias=self.use_bias,
                     kernel_init=self.kernel_init,
                     dtype=self.dtype,
                     name=f"group{group}_block{block}",
@@ -118,20 +117,22 @@ def resnet(
     num_classes: int | None,
     *,
     depth: Literal[18, 20, 34],
-    norm_order: NormOrder = "before",
-    activation: str = "relu",
+    order: Order = "convention",
+    activation: str | Activation = "relu",
+    use_bias: bool | None = None,
     kernel_init: Initializer = HE_NORMAL,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
-    """A CIFAR ResNet on images [B, H, W, C]; convolutions have no bias and symmetric padding.
+    """A CIFAR ResNet on images [B, H, W, C]; convolutions have symmetric padding.
 
     Args:
       num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       depth: see the module's docstring for what each is.
-      norm_order: "before": act(norm(conv)) inside a block and act(norm(conv) + shortcut) at its end, as in
-        the paper. "after": norm(act(conv)) inside, and norm(act(conv)) + shortcut at its end, so that every
+      order: "convention": act(norm(conv)) inside a block and act(norm(conv) + shortcut) at its end, as in
+        the paper. "swap": norm(act(conv)) inside, and norm(act(conv)) + shortcut at its end, so that every
         normalisation follows the activation which it otherwise precedes.
-      activation: the name of an activation in `jax.nn`.
+      activation: one of `jaxlab.nn.activations`, or its name.
+      use_bias: whether 3×3 convolutions have a bias, which starts at 0; None: in the order "swap".
       kernel_init: of every kernel; the paper's own by default. The bias of the head starts at U(±1/√F).
       dtype: what the convolutions compute in; parameters, statistics, features and logits are float32.
 
@@ -141,8 +142,9 @@ def resnet(
     module = ResNet(
         num_classes=num_classes,
         layout=LAYOUTS[depth],
-        norm_order=norm_order,
-        activation=activation_function(activation),
+        order=order,
+        activation=activations.get(activation),
+        use_bias=needs_bias(use_bias, order),
         kernel_init=kernel_init,
         dtype=jnp.dtype(dtype),
     )

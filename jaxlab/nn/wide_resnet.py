@@ -5,7 +5,6 @@ it): where a block changes the number of channels its shortcut projects the *act
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -15,11 +14,13 @@ import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 
 from jaxlab.core import Network, Outputs, UserError
-from jaxlab.nn.layers import activation_function, classify
+from jaxlab.nn import activations
+from jaxlab.nn.activations import Activation
+from jaxlab.nn.layers import classify
 from jaxlab.nn.linen import from_linen
-from jaxlab.nn.normalization import NormOrder, norm_activation
+from jaxlab.nn.normalization import NormActivation, Order, needs_bias
 
-_CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
+CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
 
 
 class WideBlock(nn.Module):
@@ -28,25 +29,25 @@ class WideBlock(nn.Module):
     features: int
     stride: int
     dropout_rate: float
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
+    use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(
-            nn.Conv, self.features, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT
+            nn.Conv, self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=CONV_INIT
         )
-        norm_act = functools.partial(
-            norm_activation, activation=self.activation, norm_order=self.norm_order, train=train
-        )
-        activated = norm_act(x, name="norm1")
+        pair = functools.partial(NormActivation, activation=self.activation, order=self.order)
+        activated = pair(name="norm1")(x, train=train)
         h = conv((3, 3), strides=self.stride, padding=1, name="conv1")(activated)
-        h = norm_act(h, name="norm2")
+        h = pair(name="norm2")(h, train=train)
         h = nn.Dropout(self.dropout_rate, deterministic=not train)(h)
         h = conv((3, 3), padding=1, name="conv2")(h)
-        if x.shape[-1] != self.features:
-            x = conv((1, 1), strides=self.stride, padding=0, name="shortcut")(activated)
+        if x.shape[-1] != self.features:  # the bias of conv2 serves both
+            shortcut = conv((1, 1), strides=self.stride, padding=0, use_bias=False, name="shortcut")
+            x = shortcut(activated)
         return x + h
 
 
@@ -57,15 +58,22 @@ class WideResNet(nn.Module):
     blocks: int  # in each of the three groups
     widen_factor: int
     dropout_rate: float
-    norm_order: NormOrder
-    activation: Callable[[jax.Array], jax.Array]
+    order: Order
+    activation: Activation
+    use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> Outputs:
         chex.assert_rank(inputs, 4)
         stem = nn.Conv(
-            16, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT, name="stem"
+            16,
+            (3, 3),
+            padding=1,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=CONV_INIT,
+            name="stem",
         )
         x = stem(inputs.astype(self.dtype))
         for group, stride in enumerate((1, 2, 2)):
@@ -74,14 +82,13 @@ class WideResNet(nn.Module):
                     features=16 * 2**group * self.widen_factor,
                     stride=stride if block == 0 else 1,
                     dropout_rate=self.dropout_rate,
-                    norm_order=self.norm_order,
+                    order=self.order,
                     activation=self.activation,
+                    use_bias=self.use_bias,
                     dtype=self.dtype,
                     name=f"group{group + 1}_block{block + 1}",
                 )(x, train=train)
-        x = norm_activation(
-            x, activation=self.activation, norm_order=self.norm_order, train=train, name="norm"
-        )
+        x = NormActivation(activation=self.activation, order=self.order, name="norm")(x, train=train)
         features = x.mean((1, 2), dtype=jnp.float32)
         return classify(features, self.num_classes, bias_init=nn.initializers.zeros)
 
@@ -92,19 +99,22 @@ def wide_resnet(
     depth: int = 40,
     widen_factor: int = 2,
     dropout_rate: float = 0.3,
-    norm_order: NormOrder = "before",
-    activation: str = "relu",
+    order: Order = "convention",
+    activation: str | Activation = "relu",
+    use_bias: bool | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
-    """A WRN-`depth`-`widen_factor` on images [B, H, W, C]; convolutions have no bias and symmetric padding.
+    """A WRN-`depth`-`widen_factor` on images [B, H, W, C]; convolutions have symmetric padding.
 
     Args:
       num_classes: K, the number of logits; None: an encoder, which has no head and gives features only.
       depth: 6n + 4, for n blocks in each of the three groups.
       widen_factor: k; the groups have 16k, 32k and 64k channels.
       dropout_rate: the share of units that training drops between the two convolutions of a block.
-      norm_order: whether batch normalisation stands before or after the activation, in every pair of them.
-      activation: the name of an activation in `jax.nn`.
+      order: whether batch normalisation stands before ("convention") or after ("swap") the activation, in
+        every pair of them.
+      activation: one of `jaxlab.nn.activations`, or its name.
+      use_bias: whether 3×3 convolutions have a bias, which starts at 0; None: in the order "swap".
       dtype: what the convolutions compute in; parameters, statistics, features and logits are float32.
 
     Raises:
@@ -117,8 +127,9 @@ def wide_resnet(
         blocks=(depth - 4) // 6,
         widen_factor=widen_factor,
         dropout_rate=dropout_rate,
-        norm_order=norm_order,
-        activation=activation_function(activation),
+        order=order,
+        activation=activations.get(activation),
+        use_bias=needs_bias(use_bias, order),
         dtype=jnp.dtype(dtype),
     )
     return from_linen(module)

@@ -249,7 +249,7 @@ def variables_of(module):
     [
         ("erm", dict(name="mlp", hidden=[16, 8], norm="batch_norm")),
         ("energy", dict(name="mlp", activation="silu")),
-        ("exposure", dict(name="conv_net", norm_order="after", activation="gelu")),
+        ("exposure", dict(name="conv_net", order="swap", activation="gelu")),
         ("energy", dict(name="wide_resnet", depth=10, widen_factor=2, dropout_rate=0.0)),
         pytest.param("erm", dict(name="resnet", depth=20), marks=pytest.mark.slow),
     ],

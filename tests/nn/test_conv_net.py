@@ -14,16 +14,17 @@ def torch_conv_net(order):
     class ConvNet(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1 = torch.nn.Conv2d(2, 4, 3, stride=1, padding=1, bias=False)
+            bias = order == "swap"
+            self.conv1 = torch.nn.Conv2d(2, 4, 3, stride=1, padding=1, bias=bias)
             self.norm1 = torch.nn.BatchNorm2d(4)
-            self.conv2 = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
+            self.conv2 = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias)
             self.norm2 = torch.nn.BatchNorm2d(6)
             self.head = torch.nn.Linear(6, 3)
 
         def forward(self, x):
             for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
                 x = conv(x)
-                x = norm(x).relu() if order == "before" else norm(x.relu())
+                x = norm(x).relu() if order == "convention" else norm(x.relu())
             x = x.mean((2, 3))
             return {"logits": self.head(x), "features": x}
 
@@ -31,15 +32,17 @@ def torch_conv_net(order):
     return ConvNet()
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_conv_net_agrees_with_torch_on_even_and_odd_sides(order, assert_agrees_with_torch):
-    network = conv_net(3, channels=(4, 6), strides=(1, 2), norm_order=order)
+@pytest.mark.parametrize("order", ["convention", "swap"])
+def test_conv_net_agrees_with_torch_on_even_and_odd_sides_and_has_a_bias_only_where_no_norm_follows(
+    order, assert_agrees_with_torch
+):
+    network = conv_net(3, channels=(4, 6), strides=(1, 2), order=order)
     assert_agrees_with_torch(network, torch_conv_net(order), (5, 6, 7, 2))
 
 
 def test_gradients_agree_with_torch(torch_variables):
     torch = pytest.importorskip("torch")
-    network, module = conv_net(3, channels=(4, 6), strides=(1, 2)), torch_conv_net("before")
+    network, module = conv_net(3, channels=(4, 6), strides=(1, 2)), torch_conv_net("convention")
     variables = torch_variables(module)
     x = np.random.default_rng(0).normal(0, 1, (5, 6, 7, 2)).astype(np.float32)
 

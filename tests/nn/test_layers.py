@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.core import UserError
 from jaxlab.nn.conv_net import conv_net
-from jaxlab.nn.layers import HE_NORMAL, activation_function, classify, dense
+from jaxlab.nn.layers import HE_NORMAL, classify, dense
 from jaxlab.nn.mlp import mlp
 from jaxlab.nn.resnet import resnet
 from jaxlab.nn.wide_resnet import wide_resnet
@@ -82,21 +81,3 @@ def test_a_network_without_classes_is_the_classifier_without_head_and_logits(net
     assert encoder == classifier == updated
     assert features == {"features": outputs["features"]}
     assert outputs["logits"].shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("relu", [0.0, 1.5]),
-        ("hard_tanh", [-1.0, 1.0]),
-        ("soft_sign", [-2 / 3, 0.6]),
-        ("tanh", np.tanh([-2.0, 1.5])),
-    ],
-)
-def test_an_activation_is_found_by_its_name(name, expected):
-    np.testing.assert_allclose(activation_function(name)(jnp.array([-2.0, 1.5])), expected, rtol=1e-6)
-
-
-def test_an_unknown_activation_names_the_nearest():
-    with pytest.raises(UserError, match=r"network\.activation: no 'rellu'\. Did you mean 'relu'\?"):
-        activation_function("rellu")

@@ -10,7 +10,7 @@ from jaxlab.core import UserError
 from jaxlab.nn.mlp import mlp
 
 
-def torch_mlp(sizes, *, norm, order="before", bias):
+def torch_mlp(sizes, *, norm, order="convention", bias):
     torch = pytest.importorskip("torch")
 
     class MLP(torch.nn.Module):
@@ -29,7 +29,7 @@ def torch_mlp(sizes, *, norm, order="before", bias):
                 x = self.get_submodule(f"dense{i}")(x)
                 if not norm:
                     x = torch.tanh(x)
-                elif order == "before":
+                elif order == "convention":
                     x = torch.tanh(self.get_submodule(f"norm{i}")(x))
                 else:
                     x = self.get_submodule(f"norm{i}")(torch.tanh(x))
@@ -41,12 +41,12 @@ def torch_mlp(sizes, *, norm, order="before", bias):
 
 @pytest.mark.parametrize(
     ("norm", "order", "bias"),
-    [(None, "before", True), ("batch_norm", "before", False), ("batch_norm", "after", True)],
+    [(None, "convention", True), ("batch_norm", "convention", False), ("batch_norm", "swap", True)],
 )
 def test_mlp_agrees_with_torch_and_has_a_bias_unless_a_norm_follows_at_once(
     norm, order, bias, assert_agrees_with_torch
 ):
-    network = mlp(3, hidden=(8, 5), norm=norm, norm_order=order, activation="tanh")
+    network = mlp(3, hidden=(8, 5), norm=norm, order=order, activation="tanh")
     assert_agrees_with_torch(network, torch_mlp((6, 8, 5, 3), norm=norm, order=order, bias=bias), (7, 6))
 
 

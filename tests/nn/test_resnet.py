@@ -8,16 +8,16 @@ from jaxlab.nn.linen import from_linen
 from jaxlab.nn.resnet import Layout, ResNet, resnet
 
 
-def torch_resnet(channels, blocks, *, project, order="before"):
+def torch_resnet(channels, blocks, *, project, order="convention"):
     torch = pytest.importorskip("torch")
-    nn, relu = torch.nn, torch.relu
+    nn, relu, bias = torch.nn, torch.relu, order == "swap"
 
     class Block(nn.Module):
         def __init__(self, inputs, features, stride):
             super().__init__()
-            self.conv1 = nn.Conv2d(inputs, features, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(inputs, features, 3, stride=stride, padding=1, bias=bias)
             self.norm1 = nn.BatchNorm2d(features)
-            self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=bias)
             self.norm2 = nn.BatchNorm2d(features)
             self.padding = (features - inputs) // 2
             if project and inputs != features:
@@ -31,14 +31,14 @@ def torch_resnet(channels, blocks, *, project, order="before"):
                 shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
             else:
                 shortcut = x
-            if order == "before":
+            if order == "convention":
                 return relu(self.norm2(self.conv2(relu(self.norm1(self.conv1(x))))) + shortcut)
             return self.norm2(relu(self.conv2(self.norm1(relu(self.conv1(x)))))) + shortcut
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+            self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=bias)
             self.stem_norm = nn.BatchNorm2d(channels[0])
             inputs, self.names = channels[0], []
             for g, (features, count) in enumerate(zip(channels, blocks), start=1):
@@ -50,7 +50,7 @@ def torch_resnet(channels, blocks, *, project, order="before"):
 
         def forward(self, x):
             x = self.stem(x)
-            x = relu(self.stem_norm(x)) if order == "before" else self.stem_norm(relu(x))
+            x = relu(self.stem_norm(x)) if order == "convention" else self.stem_norm(relu(x))
             for name in self.names:
                 x = self.get_submodule(name)(x)
             x = x.mean((2, 3))
@@ -65,14 +65,15 @@ def test_resnet20_agrees_with_torch(assert_agrees_with_torch):
     assert_agrees_with_torch(resnet(5, depth=20), module, (4, 8, 8, 3))
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["convention", "swap"])
 def test_projection_shortcuts_in_either_order_agree_with_torch(order, assert_agrees_with_torch):
     network = from_linen(
         ResNet(
             num_classes=5,
             layout=Layout(channels=(4, 8), blocks=(1, 2), project=True),
-            norm_order=order,
+            order=order,
             activation=jax.nn.relu,
+            use_bias=order == "swap",
             kernel_init=HE_NORMAL,
             dtype=jnp.float32,
         )

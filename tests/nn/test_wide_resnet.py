@@ -11,16 +11,18 @@ def torch_wide_resnet(*, blocks, widen_factor, dropout_rate, order):
     torch = pytest.importorskip("torch")
     nn = torch.nn
 
+    bias = order == "swap"
+
     def norm_relu(norm, x):
-        return torch.relu(norm(x)) if order == "before" else norm(torch.relu(x))
+        return torch.relu(norm(x)) if order == "convention" else norm(torch.relu(x))
 
     class Block(nn.Module):
         def __init__(self, inputs, features, stride):
             super().__init__()
             self.norm1 = nn.BatchNorm2d(inputs)
-            self.conv1 = nn.Conv2d(inputs, features, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(inputs, features, 3, stride=stride, padding=1, bias=bias)
             self.norm2 = nn.BatchNorm2d(features)
-            self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=bias)
             if inputs != features:
                 self.shortcut = nn.Conv2d(inputs, features, 1, stride=stride, bias=False)
 
@@ -33,7 +35,7 @@ def torch_wide_resnet(*, blocks, widen_factor, dropout_rate, order):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+            self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=bias)
             inputs, self.names = 16, []
             for g, stride in ((1, 1), (2, 2), (3, 2)):
                 for b in range(1, blocks + 1):
@@ -58,11 +60,11 @@ def torch_wide_resnet(*, blocks, widen_factor, dropout_rate, order):
 # At rate 1 both libraries drop the same units: all of them, which shows where dropout stands.
 @pytest.mark.parametrize(
     ("blocks", "widen_factor", "dropout_rate", "order"),
-    [(2, 1, 0.0, "before"), (1, 2, 1.0, "after")],
+    [(2, 1, 0.0, "convention"), (1, 2, 1.0, "swap")],
 )
 def test_wide_resnet_agrees_with_torch(blocks, widen_factor, dropout_rate, order, assert_agrees_with_torch):
     network = wide_resnet(
-        5, depth=6 * blocks + 4, widen_factor=widen_factor, dropout_rate=dropout_rate, norm_order=order
+        5, depth=6 * blocks + 4, widen_factor=widen_factor, dropout_rate=dropout_rate, order=order
     )
     module = torch_wide_resnet(
         blocks=blocks, widen_factor=widen_factor, dropout_rate=dropout_rate, order=order

@@ -37,7 +37,7 @@ def make_network(section: Mapping[str, Any], image_shape: Sequence[int]) -> nn.M
         return call(_PROMPT_NETWORKS, section, image_shape)
     keys = {key: value for key, value in section.items() if key not in ("kernel_init", "bias_init")}
     activation, dtype = keys.pop("activation", "relu"), keys.pop("dtype", "float32")
-    if activation not in _ACTIVATIONS or dtype != "float32":
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS or dtype != "float32":
         raise NoCounterpart(f"no counterpart of {activation} in {dtype}")
     return call(_NETWORKS, keys, image_shape, activation=_ACTIVATIONS[activation])
 
@@ -49,22 +49,21 @@ class MLP(nn.Module):
         num_classes: int,
         *,
         activation: Activation,
-        norm_order: str = "before",
+        order: str = "convention",
         hidden: Sequence[int] = (128,),
         norm: str | None = None,
         use_bias: bool | None = None,
         dropout_rate: float = 0.0,
     ):
         super().__init__()
-        if use_bias is None:
-            use_bias = norm is None or norm_order == "after"
+        use_bias = _needs_bias(use_bias, order if norm else "swap")
         self.activation, self.normalized, self.dropout_rate = activation, norm is not None, dropout_rate
         sizes = [torch.Size(image_shape).numel(), *hidden]
         self.depth = len(hidden)
         for i in range(1, len(sizes)):
             self.add_module(f"dense{i}", nn.Linear(sizes[i - 1], sizes[i], bias=use_bias))
             if self.normalized:
-                norm_class = _norm_activation(nn.BatchNorm1d, activation, norm_order)
+                norm_class = _norm_activation(nn.BatchNorm1d, activation, order)
                 self.add_module(f"norm{i}", norm_class(sizes[i]))
         self.head = nn.Linear(sizes[-1], num_classes)
 
@@ -85,15 +84,17 @@ class ConvNet(nn.Module):
         num_classes: int,
         *,
         activation: Activation,
-        norm_order: str = "before",
+        order: str = "convention",
+        use_bias: bool | None = None,
         channels: Sequence[int] = (16, 32, 64),
         strides: Sequence[int] = (1, 2, 2),
     ):
         super().__init__()
-        norm = _norm_activation(nn.BatchNorm2d, activation, norm_order)
+        use_bias = _needs_bias(use_bias, order)
+        norm = _norm_activation(nn.BatchNorm2d, activation, order)
         self.depth, inputs = len(channels), image_shape[0]
         for i, (outputs, stride) in enumerate(zip(channels, strides), start=1):
-            self.add_module(f"conv{i}", _conv3(inputs, outputs, stride))
+            self.add_module(f"conv{i}", _conv3(inputs, outputs, stride, use_bias))
             self.add_module(f"norm{i}", norm(outputs))
             inputs = outputs
         self.head = nn.Linear(inputs, num_classes)
@@ -105,10 +106,19 @@ class ConvNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, *, norm: type[nn.Module], dropout_rate: float):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        norm: type[nn.Module],
+        use_bias: bool,
+        dropout_rate: float,
+    ):
         super().__init__()
-        self.norm1, self.conv1 = norm(inputs), _conv3(inputs, outputs, stride)
-        self.norm2, self.conv2 = norm(outputs), _conv3(outputs, outputs)
+        self.norm1, self.conv1 = norm(inputs), _conv3(inputs, outputs, stride, use_bias)
+        self.norm2, self.conv2 = norm(outputs), _conv3(outputs, outputs, 1, use_bias)
         self.shortcut = None
         if inputs != outputs:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
@@ -129,16 +139,18 @@ class WideResNet(nn.Module):
         num_classes: int,
         *,
         activation: Activation,
-        norm_order: str = "before",
+        order: str = "convention",
+        use_bias: bool | None = None,
         depth: int = 40,
         widen_factor: int = 2,
         dropout_rate: float = 0.3,
     ):
         super().__init__()
-        norm = _norm_activation(nn.BatchNorm2d, activation, norm_order)
+        norm = _norm_activation(nn.BatchNorm2d, activation, order)
         channels = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        block = partial(WideBlock, norm=norm, dropout_rate=dropout_rate)
-        self.stem = _conv3(image_shape[0], 16)
+        use_bias = _needs_bias(use_bias, order)
+        block = partial(WideBlock, norm=norm, use_bias=use_bias, dropout_rate=dropout_rate)
+        self.stem = _conv3(image_shape[0], 16, 1, use_bias)
         self.blocks = _add_groups(self, block, 16, channels, [(depth - 4) // 6] * 3)
         self.norm = norm(channels[-1])
         self.head = nn.Linear(channels[-1], num_classes)
@@ -158,16 +170,17 @@ class BasicBlock(nn.Module):
         stride: int,
         *,
         activation: Activation,
-        norm_order: str,
+        order: str,
+        use_bias: bool,
         project: bool,
     ):
         super().__init__()
-        norm = _norm_activation(nn.BatchNorm2d, activation, norm_order)
-        self.conv1, self.norm1 = _conv3(inputs, outputs, stride), norm(outputs)
-        self.conv2 = _conv3(outputs, outputs)
+        norm = _norm_activation(nn.BatchNorm2d, activation, order)
+        self.conv1, self.norm1 = _conv3(inputs, outputs, stride, use_bias), norm(outputs)
+        self.conv2 = _conv3(outputs, outputs, 1, use_bias)
         # Where the normalisation comes first, the activation waits for the shortcut.
-        self.norm2 = nn.BatchNorm2d(outputs) if norm_order == "before" else norm(outputs)
-        self.activation = activation if norm_order == "before" else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(outputs) if order == "convention" else norm(outputs)
+        self.activation = activation if order == "convention" else nn.Identity()
         self.stride, self.padding = stride, (outputs - inputs) // 2
         self.project = project and inputs != outputs
         if self.project:
@@ -190,7 +203,8 @@ class ResNet(nn.Module):
         num_classes: int,
         *,
         activation: Activation,
-        norm_order: str = "before",
+        order: str = "convention",
+        use_bias: bool | None = None,
         depth: int,
     ):
         super().__init__()
@@ -199,9 +213,11 @@ class ResNet(nn.Module):
             20: ((16, 32, 64), (3, 3, 3)),
             34: ((64, 128, 256, 512), (3, 4, 6, 3)),
         }[depth]
-        block = partial(BasicBlock, activation=activation, norm_order=norm_order, project=depth != 20)
-        self.stem = _conv3(image_shape[0], channels[0])
-        self.stem_norm = _norm_activation(nn.BatchNorm2d, activation, norm_order)(channels[0])
+        use_bias = _needs_bias(use_bias, order)
+        pair = dict(activation=activation, order=order, use_bias=use_bias)
+        block = partial(BasicBlock, **pair, project=depth != 20)
+        self.stem = _conv3(image_shape[0], channels[0], 1, use_bias)
+        self.stem_norm = _norm_activation(nn.BatchNorm2d, activation, order)(channels[0])
         self.blocks = _add_groups(self, block, channels[0], channels, counts)
         self.head = nn.Linear(channels[-1], num_classes)
 
@@ -212,20 +228,24 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def _norm_activation(norm: type[nn.Module], activation: Activation, norm_order: str) -> type[nn.Module]:
+def _norm_activation(norm: type[nn.Module], activation: Activation, order: str) -> type[nn.Module]:
     """A normalisation layer with the activation before or after it."""
 
     class NormActivation(norm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if norm_order == "before":
+            if order == "convention":
                 return activation(super().forward(x))
             return super().forward(activation(x))
 
     return NormActivation
 
 
-def _conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+def _needs_bias(use_bias: bool | None, order: str) -> bool:
+    return order == "swap" if use_bias is None else use_bias
+
+
+def _conv3(inputs: int, outputs: int, stride: int, use_bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=use_bias)
 
 
 def _add_groups(
