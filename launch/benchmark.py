@@ -2,21 +2,19 @@
 
   python -m launch.benchmark configs/ood_detection/digits.py
   python -m launch.benchmark configs/ood_detection/digits.py:paper --stage energy --against torch
+  python -m launch.benchmark configs/ood_detection/fashion_mnist.py --scores --against torch
 
 Each program has a process of its own, and they take turns, round after round, so that a machine that is
 slowed by something else slows them all; figures are medians over the rounds, with the lowest and highest.
 A step is one of all seeds. Stages start from fresh variables. PyTorch trains the seeds one after the other
 on the data set that the stream draws from, with one thread or its default number, whichever is faster.
+With --scores, the post-hoc scores of the first stage's evaluator are measured in place of its training.
 """
 
 import argparse
 import collections
 import contextlib
-import importlib.util
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,11 +39,11 @@ from jaxlab.core.errors import nearest
 from jaxlab.train import devices
 from jaxlab.train.evaluation import environment
 from jaxlab.train.loop import CALLS_AHEAD
-from launch import cli
+from launch import cli, score_benchmark
+from launch.worker import Worker, read_task, spell, spread, torch_device
 
 OURS = ("-c", "from launch.benchmark import serve; serve()")
 TORCH = ("-m", "third_party.torch_counterparts")
-TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # by JAX's backend
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("configs", metavar="CONFIG[:SIZE]", nargs="+", help="config file; sizes: cpu, paper")
     parser.add_argument("--against", choices=["torch"], help="measure the plain PyTorch counterpart too")
     parser.add_argument("--stage", metavar="NAME", help="only this stage; default: each of a config's stages")
+    parser.add_argument(
+        "--scores", action="store_true", help="out-of-distribution scores instead of training steps"
+    )
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds each (default: 5)")
     parser.add_argument(
         "--seconds", metavar="S", type=float, default=2.0, help="least length of a round (default: 2)"
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = [
         (name, stage, config)
         for name in arguments.configs
-        for stage, config in _stages(name, arguments.stage, overrides)
+        for stage, config in _stages(name, arguments.stage, overrides, only_first=arguments.scores)
     ]
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     benchmarks = []
@@ -87,20 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             def show(done: int, program: str, task: Any = task, label: str = _label(name, stage)) -> None:
                 progress.update(task, completed=done, description=f"{label}: {program}")
 
-            figures = measure(
-                config,
-                stage,
-                against=arguments.against,
-                rounds=arguments.rounds,
-                seconds=arguments.seconds,
-                show=show,
-            )
+            common = {"against": arguments.against, "rounds": arguments.rounds, "show": show}
+            if arguments.scores:
+                figures = score_benchmark.measure(config, stage, **common)
+            else:
+                figures = measure(config, stage, seconds=arguments.seconds, **common)
             benchmarks.append({"config": name, "stage": stage, **figures})
             progress.remove_task(task)
     if arguments.out:
         content = {"overrides": overrides, "seconds": arguments.seconds, "benchmarks": benchmarks}
         arguments.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print(benchmarks)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # in a file, lines may be as long as they are
+    show_figures = score_benchmark.print_tables if arguments.scores else _print
+    labelled = [(_label(benchmark["config"], benchmark["stage"]), benchmark) for benchmark in benchmarks]
+    show_figures(console, labelled)
     return 0
 
 
@@ -153,7 +156,7 @@ def measure(
         "batch_size": config["batch_size"],
         "rounds": rounds,
         "flops_per_step": flops,
-        "product_flops_per_second": _spread(products),
+        "product_flops_per_second": spread(products),
         "torch": None,
         "ratio": None,
         "missing": missing,
@@ -161,95 +164,21 @@ def measure(
     for name, worker in programs.items():
         figures[name] = {
             **worker.about,
-            "steps_per_second": _spread(rates[name]),
-            "examples_per_second": _spread(rates[name] * seeds * config["batch_size"]),
-            "seconds_per_step_and_seed": _spread(1 / (rates[name] * seeds)),
-            "flop_share": _spread(flops * rates[name] / products) if flops else None,
+            "steps_per_second": spread(rates[name]),
+            "examples_per_second": spread(rates[name] * seeds * config["batch_size"]),
+            "seconds_per_step_and_seed": spread(1 / (rates[name] * seeds)),
+            "flop_share": spread(flops * rates[name] / products) if flops else None,
             "memory_bytes": memory[name],
             "device_bytes": answers[name][0]["device_bytes"],
         }
     if "torch" in programs:
-        figures["ratio"] = _spread(rates["ours"] / rates["torch"])
+        figures["ratio"] = spread(rates["ours"] / rates["torch"])
     return figures
-
-
-class WorkerDied(UserError):
-    """A measured process ended by itself; its traceback, if any, is on stderr."""
-
-    status = 1
-
-
-class Worker:
-    """A program in a process of its own, which runs only while it is asked to.
-
-    It reads one JSON object a line and answers each; the first is its task. What it answers to that is
-    `about`.
-
-    Raises:
-      UserError: the process says that its task is at fault.
-      WorkerDied: it is gone.
-    """
-
-    def __init__(self, command: Sequence[str], task: Mapping[str, Any]):
-        paths = [path or os.getcwd() for path in sys.path]
-        self._process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends it
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiling is measured
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the device is shared, its memory measured
-            },
-        )
-        try:
-            self.about = self.ask(**task)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(message), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerDied(f"the measured process ended with status {self._process.wait()}; see above.")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer
-
-    def peak_memory(self) -> int | None:
-        """The most bytes the process has had in memory."""
-        # Not ru_maxrss: on Linux a process takes that over from the one that started it.
-        status = Path(f"/proc/{self._process.pid}/status")
-        if not status.exists():
-            return None
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
 
 
 def serve() -> None:
     """The process of our program: builds the task's config, then runs steps or the matrix product."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not mix with the replies
-
-    def reply(**content: Any) -> None:
-        print(json.dumps(content), file=replies, flush=True)
-
-    task = json.loads(sys.stdin.readline())
+    task, reply = read_task()
     try:
         parts = experiment.build_parts(task["config"], task["stage"])
         mesh = experiment.build_mesh(parts.settings)
@@ -349,13 +278,12 @@ def _start_torch(
     config: Mapping[str, Any], backend: str, stack: contextlib.ExitStack
 ) -> tuple[Worker | None, str | None]:
     """Starts the counterpart, or says why there is none."""
-    if importlib.util.find_spec("torch") is None:
-        return None, "torch is not installed; pip install -e .[torch]"
-    if backend not in TORCH_DEVICES:
-        return None, f"plain PyTorch has no {backend}"
+    device, missing = torch_device(backend)
+    if device is None:
+        return None, missing
     with tempfile.TemporaryDirectory() as folder:
         data = _save_datasets(config["data"], config["data_dir"] or None, Path(folder))
-        task = {"config": {**config, "data": data}, "device": TORCH_DEVICES[backend]}
+        task = {"config": {**config, "data": data}, "device": device}
         worker = stack.enter_context(Worker(TORCH, task))
     return (None, worker.about["missing"]) if "missing" in worker.about else (worker, None)
 
@@ -377,12 +305,13 @@ def _save_datasets(section: Mapping[str, Any], data_dir: str | None, folder: Pat
 
 
 def _stages(
-    name: str, wanted: str | None, overrides: Mapping[str, str]
+    name: str, wanted: str | None, overrides: Mapping[str, str], *, only_first: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     config = experiment.load_config(name, overrides)
     stages = configs.stage_configs(config)
     if wanted is None:
-        yield from (stages or {"": config}).items()
+        every = list((stages or {"": config}).items())
+        yield from every[:1] if only_first else every
     elif wanted in stages:
         yield wanted, stages[wanted]
     else:
@@ -390,25 +319,16 @@ def _stages(
         raise UserError(f"--stage {wanted}: {name} has no such stage.{nearest(wanted, stages)} {there}")
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    values = [float(value) for value in values]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
-
-
 def _label(name: str, stage: str) -> str:
     path, colon, size = name.partition(":")
     return " · ".join(filter(None, [f"{Path(path).stem}{colon}{size}", stage]))
 
 
-def _print(benchmarks: Sequence[Mapping[str, Any]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # in a file, lines may be as long as they are
+def _print(console: Console, benchmarks: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     # Where the terminal is narrow, cells are broken at their spaces, so that no figure is cut.
     between = " " if console.width >= 100 else "\n"
     heads = "", "compile s", "steps/s", "examples/s", "ms/step /seed", "peak MB", "FLOP/s share", "ratio"
-    for benchmark in benchmarks:
-        label = _label(benchmark["config"], benchmark["stage"])
+    for label, benchmark in benchmarks:
         table = Table(
             title=Text(label, "bold"), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
@@ -420,9 +340,9 @@ def _print(benchmarks: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
         if benchmark["missing"]:
             console.print(Text(f"not measured against torch: {benchmark['missing']}\n"), soft_wrap=True)
-    first = benchmarks[0]
+    _, first = benchmarks[0]
     versions = [f"jax {first['ours']['environment']['jax']}"]
-    versions += [f"torch {b['torch']['environment']['torch']}" for b in benchmarks if b["torch"]][:1]
+    versions += [f"torch {b['torch']['environment']['torch']}" for _, b in benchmarks if b["torch"]][:1]
     console.print(
         f"{', '.join(versions)} on {first['ours']['environment']['device']}; a large float32 matrix product"
         f" reaches {first['product_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s. Medians of"
@@ -439,20 +359,13 @@ def _row(benchmark: Mapping[str, Any], program: str) -> tuple[str, ...]:
     return (
         program,
         f"{figures['compile_seconds']:.2f}" if ours else "",
-        _median_and_range(figures["steps_per_second"]),
+        spell(figures["steps_per_second"]),
         f"{figures['examples_per_second']['median']:,.0f}",
         f"{1e3 * figures['seconds_per_step_and_seed']['median']:.3g}",
         f"{memory / 1e6:,.0f}" if memory else "",
         f"{figures['flop_share']['median']:.1%}" if figures["flop_share"] else "",
-        _median_and_range(benchmark["ratio"]) if ours and benchmark["ratio"] else "",
+        spell(benchmark["ratio"]) if ours and benchmark["ratio"] else "",
     )
-
-
-def _median_and_range(spread: Mapping[str, Any]) -> str:
-    def spell(value: float) -> str:
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-    return f"{spell(spread['median'])} [{spell(spread['min'])}–{spell(spread['max'])}]"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jaxlab import config as configs
 from jaxlab import experiment
 from jaxlab.core import UserError
 from launch import benchmark
+from launch.worker import Worker, WorkerDied
 
 QUICK = ["--seconds", "0.05", "--rounds", "2"]
 
@@ -179,14 +180,14 @@ def test_what_a_worker_finds_wrong_is_the_users_error(toy_file):
 
 
 def test_a_worker_that_dies_is_told_from_bad_input():
-    with pytest.raises(benchmark.WorkerDied, match="status 3") as error:
-        benchmark.Worker(("-c", "raise SystemExit(3)"), {})
+    with pytest.raises(WorkerDied, match="status 3") as error:
+        Worker(("-c", "raise SystemExit(3)"), {})
     assert error.value.status == 1
 
 
 def test_memory_is_that_of_the_worker_and_not_of_the_process_that_started_it():
     echo = "import sys; [print(line, end='', flush=True) for line in sys.stdin]"
-    with benchmark.Worker(("-c", echo), {"task": 1}) as worker:
+    with Worker(("-c", echo), {"task": 1}) as worker:
         assert worker.about == {"task": 1}
         memory = worker.peak_memory()
     if memory is None:

@@ -192,7 +192,7 @@ def check_percentiles(*percentiles: float) -> None:
 def _percentiles(values: jax.Array, *percentiles: float) -> list[jax.Array]:
     """As `numpy.percentile` of all entries. That of JAX has float32 ranks: too coarse for 10^6 entries."""
     check_percentiles(*percentiles)
-    ordered = jnp.sort(at_least_float32(values), axis=None)
+    ordered = _sort(at_least_float32(values).ravel())
     found = []
     for percentile in percentiles:
         rank = percentile / 100 * (ordered.size - 1)
@@ -200,6 +200,18 @@ def _percentiles(values: jax.Array, *percentiles: float) -> list[jax.Array]:
         above = ordered[math.ceil(rank)]
         found.append(below + (above - below) * (rank - math.floor(rank)))
     return found
+
+
+def _sort(values: jax.Array) -> jax.Array:
+    """Ascending. As integers of the same order, which XLA sorts five times as fast on a CPU as floats."""
+    integers = jnp.dtype(f"int{8 * values.dtype.itemsize}")
+    largest = jnp.iinfo(integers).max
+
+    def flip(bits: jax.Array) -> jax.Array:
+        return jnp.where(bits < 0, bits ^ largest, bits)  # negative floats grow where their bits fall
+
+    bits = jax.lax.bitcast_convert_type(values, integers)
+    return jax.lax.bitcast_convert_type(flip(jnp.sort(flip(bits))), values.dtype)
 
 
 def _largest(features: jax.Array, percentile: float) -> tuple[jax.Array, jax.Array]:

@@ -116,7 +116,7 @@ def detection(
         return {name: value for name, value in drawn.items() if not name.endswith("_std")}
 
     def evaluate(predict: Callable[[State, Batch], Outputs], state: State) -> dict[str, Any]:
-        head = _head(state)
+        head = network_head(state)
         if head is None and any(score.fit for scores in compiled.values() for score in scores):
             raise UserError(
                 "scores: fitted ones need a network with a last layer params['head']; take others."
@@ -222,7 +222,7 @@ def _score(score: str | LogitScore | Score | Search) -> Score | Search:
     return builder()
 
 
-def _head(state: State) -> Head | None:
+def network_head(state: State) -> Head | None:
     """The last layer, (kernel [D, C], bias [C]), of a network of `jaxlab.nn`; None where there is none."""
     layer = getattr(state, "variables", {}).get("params", {}).get("head", {})
     return (layer["kernel"], layer["bias"]) if {"kernel", "bias"} <= set(layer) else None

@@ -46,14 +46,17 @@ def gen_score(logits: jax.Array, gamma: float = 0.1, top_m: int = 100) -> jax.Ar
 
     Liu, Lochman & Zach, *GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection*, CVPR 2023.
     """
-    logits = at_least_float32(logits)
-    log_p, order = jax.lax.top_k(jax.nn.log_softmax(logits), min(top_m, logits.shape[-1]))
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
     # A small γ makes p^γ (1-p)^γ so steep at 0 and 1 that p rounded to float32 is not enough: all is done in
     # logarithms, and 1-p of the likeliest class is the sum over the others.
-    others = jax.nn.one_hot(order[..., 0], logits.shape[-1]) == 0
-    log_rest = jax.nn.logsumexp(logits, axis=-1, where=others) - jax.nn.logsumexp(logits, axis=-1)
-    log_q = jnp.concatenate([log_rest[..., None], jnp.log1p(-jnp.exp(log_p[..., 1:]))], axis=-1)
-    return jnp.sum(jnp.exp(gamma * (log_p + log_q)), axis=-1)
+    num_classes = log_p.shape[-1]
+    likeliest = jax.nn.one_hot(jnp.argmax(log_p, axis=-1), num_classes, dtype=bool)
+    log_rest = jax.nn.logsumexp(log_p, axis=-1, where=~likeliest, keepdims=True)
+    log_q = jnp.where(likeliest, log_rest, jnp.log1p(-jnp.exp(jnp.where(likeliest, -1, log_p))))
+    terms = jnp.exp(gamma * (log_p + log_q))
+    if top_m < num_classes:
+        terms = jnp.take_along_axis(terms, jax.lax.top_k(log_p, top_m)[1], axis=-1)
+    return jnp.sum(terms, axis=-1)
 
 
 def fit_temperature(features: jax.Array, logits: jax.Array, labels: jax.Array, head: Head) -> ScoreState:

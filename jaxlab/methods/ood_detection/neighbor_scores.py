@@ -12,6 +12,7 @@ from jaxlab.methods.ood_detection.energy import at_least_float32, energy
 from jaxlab.methods.ood_detection.logit_scores import Head, ScoreState
 
 _QUERIES = 1024  # compared with the bank at a time, so that the similarities stay in the cache
+_OUT_OF_REACH = 1e30  # less than any similarity, and finite: products of split floats make NaN of infinity
 _SHORTEST = 1e-10  # added to the lengths that are divided by: features of zeros stay zeros
 
 
@@ -22,7 +23,7 @@ def fit_knn(
     head: Head,
     *,
     k: int = 50,
-    chunk: int = 4096,
+    chunk: int = 16_384,
     shards: int = 1,
 ) -> ScoreState:
     """A bank of features of unit length.
@@ -40,8 +41,8 @@ def fit_knn(
         ranked, for XLA does not split `top_k`.
 
     Returns:
-      `bank` [shards, chunks, rows, D] and `penalty` [shards, chunks, rows], half the squared length of a row;
-      infinite for rows of zeros that fill up the last chunks.
+      `bank` [shards, chunks, rows, D + 1], whose last column is minus half the squared length of a row, and
+      out of reach for rows of zeros that fill up the last chunks.
 
     Raises:
       UserError: `k` is not within 1 and N, or `chunk` or `shards` below 1.
@@ -67,7 +68,7 @@ def fit_nnguide(
     head: Head,
     *,
     k: int = 100,
-    chunk: int = 4096,
+    chunk: int = 16_384,
     shards: int = 1,
 ) -> ScoreState:
     """A bank of features of unit length, each times the LSE of its logits.
@@ -82,7 +83,7 @@ def fit_nnguide(
       k, chunk, shards: as for `fit_knn`.
 
     Returns:
-      `bank` and `penalty` as `fit_knn` does; the penalty is 0 for real rows.
+      `bank` as `fit_knn` does, but that the last column of real rows is 0.
 
     Raises:
       UserError: as for `fit_knn`.
@@ -113,25 +114,28 @@ def _chunk_bank(bank: jax.Array, penalty: jax.Array, k: int, chunk: int, shards:
     rows = -(-size // (shards * chunks))
     filling = shards * chunks * rows - size
     bank = jnp.pad(bank, ((0, filling), (0, 0)))
-    penalty = jnp.pad(penalty, (0, filling), constant_values=jnp.inf)
-    shape = (shards, chunks, rows)
-    return {"bank": bank.reshape(*shape, -1), "penalty": penalty.reshape(shape)}
+    penalty = jnp.pad(penalty, (0, filling), constant_values=_OUT_OF_REACH)
+    bank = jnp.concatenate([bank, -penalty[:, None]], axis=-1)
+    return {"bank": bank.reshape(shards, chunks, rows, -1)}
 
 
 def _largest_similarities(state: ScoreState, queries: jax.Array, k: int) -> jax.Array:
     """The k largest of query · row - penalty over the rows of the bank, descending; [B, D] -> [B, k]."""
+    queries = jnp.pad(queries, ((0, 0), (0, 1)), constant_values=1)  # meets the penalty in the last column
 
     # Shards are the outermost axis, which lets the compiler split the products over devices.
-    def of_shard(bank: jax.Array, penalty: jax.Array) -> jax.Array:
+    def of_shard(bank: jax.Array) -> jax.Array:
         def of_query(query: jax.Array) -> jax.Array:
-            def of_chunk(best: jax.Array, rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-                similarities = jnp.matmul(rows[0], query, precision="highest") - rows[1]
-                return jax.lax.top_k(jnp.concatenate([best, similarities]), k)[0], None
+            def of_chunk(best: jax.Array, rows: jax.Array) -> tuple[jax.Array, None]:
+                similarities = jnp.matmul(rows, query, precision="highest")
+                # Ranked by themselves: to append the best so far would copy the whole chunk.
+                largest, _ = jax.lax.top_k(similarities, min(k, len(rows)))
+                return jax.lax.top_k(jnp.concatenate([best, largest]), k)[0], None
 
             none_yet = jnp.full(k, -jnp.inf, bank.dtype)
-            return jax.lax.scan(of_chunk, none_yet, (bank, penalty))[0]
+            return jax.lax.scan(of_chunk, none_yet, bank)[0]
 
         return jax.lax.map(of_query, queries, batch_size=_QUERIES)
 
-    best = jax.vmap(of_shard, out_axes=1)(state["bank"], state["penalty"])
+    best = jax.vmap(of_shard, out_axes=1)(state["bank"])
     return jax.lax.top_k(best.reshape(len(queries), -1), k)[0]

@@ -160,7 +160,7 @@ def relative_mahalanobis() -> Score:
 
 
 @_named
-def knn(*, k: int = 50, chunk: int = 4096) -> Score:
+def knn(*, k: int = 50, chunk: int = 16_384) -> Score:
     """`neighbor_scores.knn_score`.
 
     Args:
@@ -254,7 +254,7 @@ def fdbd() -> Score:
 
 
 @_named
-def nnguide(*, k: int = 100, chunk: int = 4096) -> Score:
+def nnguide(*, k: int = 100, chunk: int = 16_384) -> Score:
     """`neighbor_scores.nnguide_score`; `k` neighbours are averaged, `chunk` is as for `knn`."""
     fit = functools.partial(neighbor_scores.fit_nnguide, k=k, chunk=chunk)
     return _fitted(fit, functools.partial(neighbor_scores.nnguide_score, k=k))

@@ -64,9 +64,9 @@ def test_scores_equal_the_authors_formula_without_jit():
 
 
 def test_chunks_are_no_larger_than_asked_and_shards_are_equal():
-    assert fit_knn(*FIT, k=1, chunk=100)["bank"].shape == (1, 3, 80, H.shape[1])
-    assert fit_knn(*FIT, k=1, chunk=17, shards=7)["bank"].shape == (7, 3, 12, H.shape[1])
-    assert fit_knn(*FIT, k=1)["bank"].shape == (1, 1, TRAIN, H.shape[1])
+    assert fit_knn(*FIT, k=1, chunk=100)["bank"].shape == (1, 3, 80, H.shape[1] + 1)
+    assert fit_knn(*FIT, k=1, chunk=17, shards=7)["bank"].shape == (7, 3, 12, H.shape[1] + 1)
+    assert fit_knn(*FIT, k=1)["bank"].shape == (1, 1, TRAIN, H.shape[1] + 1)
 
 
 KNN = jax.jit(functools.partial(knn_score, k=20))
@@ -77,7 +77,7 @@ def test_eight_devices_with_an_eighth_of_the_bank_each_agree_with_one():
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     state = fit_knn(*FIT, k=20, chunk=12, shards=8)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec("data")))
-    assert {shard.data.shape for shard in state["bank"].addressable_shards} == {(1, 3, 10, H.shape[1])}
+    assert {shard.data.shape for shard in state["bank"].addressable_shards} == {(1, 3, 10, H.shape[1] + 1)}
     np.testing.assert_allclose(KNN(state, *SCORED), expected, rtol=1e-5, atol=1e-6)
 
 
