@@ -19,6 +19,7 @@ CONFIGS = sorted(
 )
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 DEBIASING = CONFIG_FOLDER / "debiasing"
+ACTIVATION_ASYMMETRY = CONFIG_FOLDER / "activation_asymmetry"
 DOMAIN_GENERALIZATION = CONFIG_FOLDER / "domain_generalization"
 OOD_DETECTION = [CONFIG_FOLDER / "ood_detection" / name for name in ("fashion_mnist.py", "cifar.py")]
 ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
@@ -52,7 +53,11 @@ def offline(data_dir, monkeypatch):
 @pytest.mark.parametrize("size", ["cpu", "paper"])
 @pytest.mark.parametrize(
     "path",
-    [p for p in CONFIGS if p.parent not in (DEBIASING, DOMAIN_GENERALIZATION) and p not in OOD_DETECTION],
+    [
+        p
+        for p in CONFIGS
+        if p.parent not in (ACTIVATION_ASYMMETRY, DEBIASING, DOMAIN_GENERALIZATION) and p not in OOD_DETECTION
+    ],
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_a_config_builds(path, size):
@@ -144,6 +149,8 @@ def any_data(monkeypatch):
         pytest.param("domain_generalization/nico.py:paper,decaug_paper,vehicle", marks=pytest.mark.slow),
         pytest.param("domain_generalization/nico.py:cpu,group_dro", marks=pytest.mark.slow),
         "domain_generalization/nico.py:cpu,cdann",
+        "activation_asymmetry/fashion_mnist.py",
+        pytest.param("activation_asymmetry/fashion_mnist.py:paper,all,norm_spared", marks=pytest.mark.slow),
         "ood_detection/fashion_mnist.py",
         pytest.param("ood_detection/fashion_mnist.py:paper", marks=pytest.mark.slow),
         "ood_detection/cifar.py",

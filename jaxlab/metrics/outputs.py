@@ -1,7 +1,7 @@
 """What a trained network says about a whole data set."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -45,6 +45,34 @@ def collect_outputs(
     Raises:
       UserError: the data set is empty, the batch size below 1, or there is no such output.
     """
+    collected = []
+    for outputs, rows in predict_batches(
+        predict, state, dataset, batch_size=batch_size, transforms=transforms
+    ):
+        for key in keys or ():
+            if key not in outputs:
+                raise UserError(f"network: it has no output '{key}'.{nearest(key, outputs)}")
+        kept = outputs if keys is None else keys
+        collected.append({key: np.asarray(outputs[key])[:rows] for key in kept})
+    return {key: np.concatenate([batch[key] for batch in collected]) for key in collected[0]}
+
+
+def predict_batches(
+    predict: Callable[[State, Batch], Outputs],
+    state: State,
+    dataset: Dataset,
+    *,
+    batch_size: int = 512,
+    transforms: tuple[Transform, ...] = (),
+) -> Iterator[tuple[Outputs, int]]:
+    """Yields what `predict` says of each batch of a data set, for what is too large to be collected.
+
+    Arguments and batches are those of `collect_outputs`. With each come the number of its rows that are the
+    data set's own: all but in the last, which those that fill it up follow.
+
+    Raises:
+      UserError: the data set is empty or the batch size below 1.
+    """
     size = len(next(iter(dataset.values()), ()))
     if size == 0:
         raise UserError("dataset: it has no rows to predict; check its split.")
@@ -52,17 +80,10 @@ def collect_outputs(
         raise UserError(f"batch_size: expected 1 or more, got {batch_size}.")
     columns = {"index": np.arange(size, dtype=np.int32), **dataset}
     batch_size = min(batch_size, size)
-    collected = []
     for start in range(0, size, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), size - 1)
         batch = {name: column[rows] for name, column in columns.items()}
-        outputs = predict(state, _transform(tuple(transforms), batch))
-        for key in keys or ():
-            if key not in outputs:
-                raise UserError(f"network: it has no output '{key}'.{nearest(key, outputs)}")
-        kept = outputs if keys is None else keys
-        collected.append({key: np.asarray(outputs[key])[: size - start] for key in kept})
-    return {key: np.concatenate([batch[key] for batch in collected]) for key in collected[0]}
+        yield predict(state, _transform(tuple(transforms), batch)), min(batch_size, size - start)
 
 
 def map_rows(

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.nn.normalization import BatchNorm
+from jaxlab.nn.activations import shifted
+from jaxlab.nn.normalization import BatchNorm, norm_act_block
 
 VARIABLES = {
     "params": {"scale": np.array([0.5, 2.0], np.float32), "bias": np.array([-1.0, 3.0], np.float32)},
@@ -94,3 +95,96 @@ def test_statistics_are_those_of_the_global_batch_on_eight_devices():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = np.random.default_rng(2).normal(1, 2, (16, 2)).astype(np.float32)
     chex.assert_trees_all_close(train(jax.device_put(x, sharding)), train(x), atol=1e-5)
+
+
+RNG = np.random.default_rng(3)
+IMAGES, KERNEL = RNG.normal(size=(8, 5, 4, 3)), RNG.normal(size=(3, 3, 3, 2))
+BIAS, WEIGHTS = RNG.normal(size=2), RNG.normal(size=(8, 5, 4, 2))
+PARAMS, STATS = VARIABLES["params"], VARIABLES["batch_stats"]
+IMAGES, KERNEL, BIAS, WEIGHTS = (np.float32(x) for x in (IMAGES, KERNEL, BIAS, WEIGHTS))
+
+
+def block(x, kernel, params=PARAMS, stats=STATS, **keys):
+    keys = {"order": "swap", "activation": jnp.tanh, "train": True} | keys
+    return jax.jit(lambda *arrays: norm_act_block(*arrays, **keys))(x, kernel, params, stats)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("order", ["convention", "swap"])
+def test_a_block_in_either_order_agrees_with_torch(order, train):
+    torch = pytest.importorskip("torch")
+    norm = torch.nn.BatchNorm2d(2).train(train)
+    for name, value in (("weight", PARAMS["scale"]), ("bias", PARAMS["bias"])):
+        getattr(norm, name).data = torch.tensor(value)
+    norm.running_mean, norm.running_var = torch.tensor(STATS["mean"]), torch.tensor(STATS["var"])
+    h = torch.nn.functional.conv2d(
+        torch.tensor(IMAGES).movedim(-1, 1),
+        torch.tensor(KERNEL).permute(3, 2, 0, 1),
+        torch.tensor(BIAS),
+        padding=1,
+    )
+    with torch.no_grad():
+        expected = torch.tanh(norm(h)) if order == "convention" else norm(torch.tanh(h))
+    y, stats, aux = block(IMAGES, KERNEL, order=order, train=train, bias=BIAS)
+    np.testing.assert_allclose(y, expected.movedim(1, -1), atol=1e-5)
+    np.testing.assert_allclose(stats["mean"], norm.running_mean, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], norm.running_var, rtol=1e-5)
+    act = expected if order == "convention" else torch.tanh(h)
+    np.testing.assert_allclose(aux["act"], act.movedim(1, -1), atol=1e-5)
+    np.testing.assert_array_equal(aux["out"], y)
+
+
+def test_a_dense_block_is_a_convolution_over_one_pixel():
+    rows, kernel = IMAGES[:, 0, 0], KERNEL[0, 0]
+    dense, stats, _ = block(rows, kernel)
+    conv, stats_of_conv, _ = block(rows[:, None, None], kernel[None, None])
+    np.testing.assert_allclose(dense, conv[:, 0, 0], atol=1e-5)
+    chex.assert_trees_all_close(stats, stats_of_conv, rtol=1e-5)
+
+
+def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch():
+    y, stats, _ = block(IMAGES, KERNEL)
+    mapped = jax.pmap(
+        lambda x: norm_act_block(
+            x, KERNEL, PARAMS, STATS, order="swap", activation=jnp.tanh, train=True, axis_name="data"
+        ),
+        axis_name="data",
+    )
+    each, stats_of_each, _ = mapped(IMAGES.reshape(8, 1, 5, 4, 3))
+    np.testing.assert_allclose(each.reshape(y.shape), y, atol=1e-5)
+    for name in stats:
+        np.testing.assert_allclose(stats_of_each[name], np.tile(stats[name], (8, 1)), rtol=1e-5)
+
+
+def output_and_gradient(activation, kernel=KERNEL, params=PARAMS, order="swap"):
+    def loss(kernel):
+        y, *_ = norm_act_block(IMAGES, kernel, params, STATS, order=order, activation=activation, train=True)
+        return (y * WEIGHTS).sum(), y
+
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(kernel)
+    return y, gradient
+
+
+def test_in_swap_the_output_offset_of_an_activation_is_removed_and_in_convention_it_is_not():
+    plain, moved = (output_and_gradient(shifted("tanh", 1.0, offset)) for offset in (0.0, 3.0))
+    chex.assert_trees_all_close(plain, moved, rtol=1e-4, atol=1e-4)
+    stats = {**STATS, "mean": STATS["mean"] + 3}
+    y, *_ = block(IMAGES, KERNEL, activation=shifted("tanh", 1.0), train=False)
+    y_moved, *_ = block(IMAGES, KERNEL, PARAMS, stats, activation=shifted("tanh", 1.0, 3.0), train=False)
+    np.testing.assert_allclose(y_moved, y, atol=1e-5)
+    conventional = (output_and_gradient(shifted("tanh", 1.0, c), order="convention")[0] for c in (0.0, 3.0))
+    np.testing.assert_allclose(np.subtract(*conventional), -3, atol=1e-5)
+
+
+def test_in_swap_the_sign_of_a_shift_is_that_of_kernel_and_scale():
+    y, gradient = output_and_gradient(shifted("tanh", 1.0))
+    mirrored = {**PARAMS, "scale": -PARAMS["scale"]}
+    y_mirrored, gradient_mirrored = output_and_gradient(shifted("tanh", -1.0), -KERNEL, mirrored)
+    np.testing.assert_allclose(y_mirrored, y, atol=1e-5)
+    np.testing.assert_allclose(gradient_mirrored, -gradient, atol=1e-4)
+
+
+def test_in_swap_a_shift_is_a_frozen_bias():
+    y, *_ = block(IMAGES, KERNEL, activation=shifted("tanh", 0.7))
+    biased, *_ = block(IMAGES, KERNEL, bias=np.full(2, 0.7, np.float32))
+    np.testing.assert_allclose(biased, y, atol=1e-5)

@@ -113,3 +113,14 @@ def test_kernels_start_he_normal():
     conv, head = map(np.asarray, init(jax.random.key(0)))
     np.testing.assert_allclose(np.std(conv), np.sqrt(2 / (9 * 64)), rtol=0.02)
     np.testing.assert_allclose(np.std(head), np.sqrt(2 / 64), rtol=0.1)
+
+
+def test_activations_are_handed_out_in_the_order_of_the_layers():
+    network = resnet(10, depth=20, activation="tanh")
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    variables = {**variables, "intermediates": {}}
+    outputs, _ = jax.eval_shape(lambda v: network.apply(v, images, train=False), variables)
+    shapes = [(2, 8, 8, 16)] * 7 + [(2, 4, 4, 32)] * 6 + [(2, 2, 2, 64)] * 6
+    for name in ("act", "out"):
+        assert [layer[name].shape for layer in outputs["activations"]] == shapes

@@ -1,0 +1,1 @@
+"""Asymmetry, saturation and sparsity of activations, and where batch normalisation stands beside them."""
