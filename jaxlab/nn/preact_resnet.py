@@ -16,47 +16,49 @@ from jaxlab.nn.activations import Activation
 from jaxlab.nn.layers import classify
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.normalization import NormActivation, Order, needs_bias
-from jaxlab.nn.resnet import LAYOUTS
+from jaxlab.nn.resnet import LAYOUTS, Layout
 from jaxlab.nn.wide_resnet import CONV_INIT, WideBlock
 
 
 class PreActResNet(nn.Module):
-    """See `preact_resnet`."""
+    """See `preact_resnet`; `depth` may be any layout, whose shortcuts always project."""
 
+    depth: int | Layout
     num_classes: int | None
-    channels: tuple[int, ...]
-    blocks: tuple[int, ...]
-    order: Order
-    activation: Activation
-    use_bias: bool
-    dtype: jnp.dtype
+    order: Order = "convention"
+    activation: str | Activation = "relu"
+    use_bias: bool | None = None
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> Outputs:
         chex.assert_rank(inputs, 4)
+        layout = self.depth if isinstance(self.depth, Layout) else LAYOUTS[self.depth]
+        activation = activations.get(self.activation)
+        use_bias = needs_bias(self.use_bias, self.order)
         stem = nn.Conv(
-            self.channels[0],
+            layout.channels[0],
             (3, 3),
             padding=1,
-            use_bias=self.use_bias,
+            use_bias=use_bias,
             dtype=self.dtype,
             kernel_init=CONV_INIT,
             name="stem",
         )
         x = stem(inputs.astype(self.dtype))
-        for group, (features, blocks) in enumerate(zip(self.channels, self.blocks), start=1):
+        for group, (features, blocks) in enumerate(zip(layout.channels, layout.blocks), start=1):
             for block in range(1, blocks + 1):
                 x = WideBlock(
                     features=features,
                     stride=2 if group > 1 and block == 1 else 1,
                     dropout_rate=0.0,
                     order=self.order,
-                    activation=self.activation,
-                    use_bias=self.use_bias,
+                    activation=activation,
+                    use_bias=use_bias,
                     dtype=self.dtype,
                     name=f"group{group}_block{block}",
                 )(x, train=train)
-        x = NormActivation(activation=self.activation, order=self.order, name="norm")(x, train=train)
+        x = NormActivation(activation=activation, order=self.order, name="norm")(x, train=train)
         return classify(x.mean((1, 2), dtype=jnp.float32), self.num_classes)
 
 
@@ -84,14 +86,12 @@ def preact_resnet(
     Raises:
       UserError: unknown activation.
     """
-    layout = LAYOUTS[depth]
     module = PreActResNet(
+        depth=depth,
         num_classes=num_classes,
-        channels=layout.channels,
-        blocks=layout.blocks,
         order=order,
         activation=activations.get(activation),
-        use_bias=needs_bias(use_bias, order),
+        use_bias=use_bias,
         dtype=jnp.dtype(dtype),
     )
     return from_linen(module)

@@ -77,8 +77,8 @@ class ConvNormAct(nn.Module):
 class VGG(nn.Module):
     """See `vgg`."""
 
-    num_classes: int | None
     cfg: tuple[int | str, ...]
+    num_classes: int | None
     order: Order = "convention"
     activation: str | Activation = "relu"
     use_bias: bool | None = None
@@ -150,8 +150,8 @@ def vgg(
     if not all(entry == "M" or (isinstance(entry, int) and entry > 0) for entry in cfg):
         raise UserError(f"network.cfg: expected channels and 'M', got {cfg}.")
     module = VGG(
-        num_classes=num_classes,
         cfg=cfg,
+        num_classes=num_classes,
         order=order,
         activation=activations.get(activation),
         use_bias=use_bias,

@@ -12,13 +12,17 @@ def weight_decay_mask(params: chex.ArrayTree, exclude_norm: bool, exclude_bias: 
     Args:
       params: nested dicts of a layer's parameters.
       exclude_norm: spare scale and bias of normalisation layers, the layers that have a `scale`.
-      exclude_bias: spare the biases of all other layers, and learned shifts of activations, which are biases.
+      exclude_bias: spare the biases of all layers, and learned shifts of activations, which are biases.
 
     Returns:
       The same tree with a bool in place of each array.
     """
-    spared = {"scale": exclude_norm, "bias": exclude_norm if "scale" in params else exclude_bias}
-    spared["shift"] = exclude_bias
+    is_norm = "scale" in params
+    spared = {
+        "scale": exclude_norm,
+        "bias": exclude_bias or (is_norm and exclude_norm),
+        "shift": exclude_bias,
+    }
     return {
         name: weight_decay_mask(value, exclude_norm, exclude_bias)
         if isinstance(value, Mapping)

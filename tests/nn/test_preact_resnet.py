@@ -4,6 +4,7 @@ import pytest
 
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.preact_resnet import PreActResNet, preact_resnet
+from jaxlab.nn.resnet import Layout
 
 
 def torch_preact_resnet(order):
@@ -48,13 +49,7 @@ def torch_preact_resnet(order):
 @pytest.mark.parametrize("order", ["convention", "swap"])
 def test_preact_resnet_in_either_order_agrees_with_torch(order, assert_agrees_with_torch):
     module = PreActResNet(
-        num_classes=3,
-        channels=(4, 6),
-        blocks=(1, 1),
-        order=order,
-        activation=jnp.tanh,
-        use_bias=order == "swap",
-        dtype=jnp.float32,
+        Layout(channels=(4, 6), blocks=(1, 1), project=True), num_classes=3, order=order, activation="tanh"
     )
     assert_agrees_with_torch(from_linen(module), torch_preact_resnet(order), (4, 6, 5, 3))
 

@@ -13,7 +13,7 @@ from jaxlab.nn.weight_decay import weight_decay_mask
     [
         (False, False, {"kernel", "scale", "norm_bias", "bias", "shift"}),
         (True, False, {"kernel", "bias", "shift"}),
-        (False, True, {"kernel", "scale", "norm_bias"}),
+        (False, True, {"kernel", "scale"}),
         (True, True, {"kernel"}),
     ],
 )

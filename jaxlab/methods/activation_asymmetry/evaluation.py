@@ -76,9 +76,9 @@ def asymmetry(
       those of `pooled_skewness` (all channels of a layer taken as one; its absolute value),
       `constant_channels` (the share that does not vary), `near_zero_fraction`, `histogram_saturation`,
       `saturated_fraction` and `mean_asymmetry` too. Its plots are `layers`, the curves of the first four, and
-      `channels`, histograms of the channels with the largest and the smallest absolute skewness, as they leave
-      the activation and as the next layer receives them, which is behind batch normalisation in the order
-      "swap"; drawn from `histogram/<layer>/<most or least>/<act or out>` (shares of the values) and
+      `channels`, histograms of the channels with the largest and the smallest absolute skewness, as they
+      leave the activation and as the next layer receives them, which is behind batch normalisation in the
+      order "swap"; drawn from `histogram/<layer>/<most or least>/<act or out>` (shares of the values) and
       `.../<act or out>_edges`.
 
     Raises:
@@ -273,7 +273,7 @@ def _plot_layers(results: Results) -> Figure:
         if len(lines) > 1:
             axes.legend(fontsize=7, frameon=False)
         axes.set_title(name.replace("_", " "), loc="left", fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=8, length=0)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
@@ -295,7 +295,7 @@ def _plot_channels(results: Results, layers: list[int]) -> Figure:
                 for key in (f"{place}/{name}", f"{place}/{name}_edges", f"{place}/skewness")
             )
             axes.stairs(shares, edges, fill=True, color=_COLOURS[which], alpha=0.6)
-            what = f"{which} skewed, {skewness.item():+.2f}" if name == "act" else "to the next layer"
+            what = f"{which} skewed: {skewness.item():+.2f}" if name == "act" else "as the next layer sees it"
             axes.set_title(what, loc="left", fontsize=8)
             axes.tick_params(labelsize=7, length=0)
             axes.spines[["top", "right"]].set_visible(False)
