@@ -2,9 +2,9 @@
 
   python -m launch.train --config configs/transfer/two_layer.py --workdir runs/two_layer
 
-Its figure (plots/theory_ood_error.png) shows both predictions, over 20 seeds: from a better head, FT has a lower
-error out of distribution; with better features LP beats FT, with worse ones FT beats LP. The crossover is that
-of FT from a small random head.
+Its figure (plots/theory_ood_error.png) shows both predictions, over 20 seeds: from a better head, FT has a
+lower error out of distribution; with better features LP beats FT, with worse ones FT beats LP. The crossover
+is that of FT from a small random head.
 
 Nothing is downloaded and both sizes are the same problem; `paper` has 200 seeds.
 """

@@ -113,7 +113,7 @@ def theory(
     """
     if not distances or not head_stds or not {0.0, 1.0} <= set(alphas):
         raise UserError(
-            "theory: give distances, head_stds, and alphas that hold 0.0 and 1.0, a random head and that of LP."
+            "theory: give distances, head_stds, and alphas with 0.0 (FT) and 1.0 (LP-FT) among them."
         )
 
     def run(key: chex.PRNGKey) -> dict[str, jax.Array]:

@@ -4,10 +4,11 @@ Ananya Kumar, Aditi Raghunathan, Robbie Jones, Tengyu Ma, Percy Liang. *Fine-Tun
 Features and Underperform Out-of-Distribution*. ICLR 2022 (arXiv 2202.10054), Section 3. There is no official
 code of this part.
 
-f(x) = vᵀBx with features B [k, d] and head v [k], hence with the effective weight w = Bᵀv. Training inputs lie
-in a subspace S of m dimensions, test inputs out of distribution anywhere. The loss is a plain sum of squares,
-which gradient flow (or gradient descent, its Euler steps) minimises from pretrained features B₀: of the head
-alone (linear probing, LP), of both from a random head (fine-tuning, FT), or of both from LP's head (LP-FT).
+f(x) = vᵀBx with features B [k, d] and head v [k], hence with the effective weight w = Bᵀv. Training inputs
+lie in a subspace S of m dimensions, test inputs out of distribution anywhere. The loss is a plain sum of
+squares, which gradient flow (or gradient descent, its Euler steps) minimises from pretrained features B₀: of
+the head alone (linear probing, LP), of both from a random head (fine-tuning, FT), or of both from LP's head
+(LP-FT).
 
 Two things hold at every time of FT: B(t)x = B₀x for x ⊥ S, for gradient descent too; and the `balance`
 vvᵀ - BBᵀ is what it was, for the flow. Everything here is in the dtype of its arguments. The figures need
@@ -155,7 +156,16 @@ def gradient_flow_step(
 
 
 def id_and_ood_error(w: jax.Array, w_star: jax.Array, F: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean squared errors in distribution, x = Fz with z ~ N(0, I), and out of it, x ~ N(0, I); two scalars."""
+    """Mean squared errors for x = Fz, z ~ N(0, I), in distribution, and for x ~ N(0, I), out of it.
+
+    Args:
+      w: [d], an effective weight.
+      w_star: [d], the true one.
+      F: [d, m], an orthonormal basis of S.
+
+    Returns:
+      Two scalars.
+    """
     error = w - w_star
     return jnp.sum(jnp.square(F.T @ error)), jnp.sum(jnp.square(error))
 
