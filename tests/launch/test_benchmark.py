@@ -74,14 +74,6 @@ def noise(count: int) -> dict[str, np.ndarray]:
     return {"image": image, "label": rng.integers(0, 10, count, dtype=np.int32)}
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(monkeypatch):
-    """The processes that are measured compile fast and run slowly; speed is not what is tested."""
-    monkeypatch.setenv(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
-
-
 @pytest.fixture
 def toy_file(tmp_path):
     path = tmp_path / "toy_config.py"
