@@ -60,13 +60,13 @@ def select(result: Mapping[str, Any], metric: str) -> dict[str, str]:
     """
     candidates: dict[str, list[dict[str, Any]]] = {}
     for stage, evals in evals_by_stage(result).items():
-        method, _, rate = stage.rpartition("_lr_")
+        method, named, rate = stage.partition("_lr_")
         row = {"stage": stage, "rate": rate}
-        if method:
+        if named:
             if metric not in evals:
                 raise UserError(f"--metric {metric}: stage '{stage}' has none.{nearest(metric, evals)}")
             row[metric] = float(mean_and_stderr(evals[metric])[0])
-        candidates.setdefault(method or stage, []).append(row)
+        candidates.setdefault(method, []).append(row)
     if not any(row["rate"] for rows in candidates.values() for row in rows):
         raise UserError("no stage is named METHOD_lr_RATE; there is nothing to select.")
     chosen = {}

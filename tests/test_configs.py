@@ -22,6 +22,7 @@ DEBIASING = CONFIG_FOLDER / "debiasing"
 ACTIVATION_ASYMMETRY = CONFIG_FOLDER / "activation_asymmetry"
 DOMAIN_GENERALIZATION = CONFIG_FOLDER / "domain_generalization"
 OOD_DETECTION = [CONFIG_FOLDER / "ood_detection" / name for name in ("fashion_mnist.py", "cifar.py")]
+TRANSFER = [CONFIG_FOLDER / "transfer" / name for name in ("fashion_mnist.py", "image_benchmarks.py")]
 ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
 
 
@@ -56,7 +57,8 @@ def offline(data_dir, monkeypatch):
     [
         p
         for p in CONFIGS
-        if p.parent not in (ACTIVATION_ASYMMETRY, DEBIASING, DOMAIN_GENERALIZATION) and p not in OOD_DETECTION
+        if p.parent not in (ACTIVATION_ASYMMETRY, DEBIASING, DOMAIN_GENERALIZATION)
+        and p not in (*OOD_DETECTION, *TRANSFER)
     ],
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
@@ -155,6 +157,11 @@ def any_data(monkeypatch):
         pytest.param("ood_detection/fashion_mnist.py:paper", marks=pytest.mark.slow),
         "ood_detection/cifar.py",
         pytest.param("ood_detection/cifar.py:paper,cifar100", marks=pytest.mark.slow),
+        "transfer/fashion_mnist.py",
+        pytest.param("transfer/fashion_mnist.py:paper", marks=pytest.mark.slow),
+        "transfer/image_benchmarks.py",
+        "transfer/image_benchmarks.py:cpu,cifar10",
+        pytest.param("transfer/image_benchmarks.py:paper,domainnet", marks=pytest.mark.slow),
     ],
 )
 def test_a_config_whose_data_are_not_here_builds(file_and_arguments, any_data):

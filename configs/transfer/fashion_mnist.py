@@ -5,9 +5,9 @@
   python -m launch.select_stages runs/transfer --metric shift/validation_accuracy
 
 An MLP is pretrained on images in all domains (as they are, inverted, transposed, both), then given a new head
-and adapted on 500 other images as they are; the other three domains are out of distribution. Every method is a
-stage for each learning rate; `select_stages` takes the rate with the best accuracy on 2,000 validation images
-in distribution, and nothing else is tuned. WiSE-FT goes from LP half the way to the FT of the same rate.
+and adapted on 500 other images as they are; the other three domains are out of distribution. Every method is
+a stage for each learning rate; `select_stages` takes the rate with the best accuracy on 2,000 validation
+images in distribution, and nothing else is tuned. WiSE-FT goes from LP half the way to the FT of one rate.
 
 What must appear: LP-FT above FT by 3 points or more out of distribution and not more than 1 below it in;
 features that FT moves twice as far in distribution as out of it, and five times as far as LP-FT; a rate of

@@ -1,4 +1,4 @@
-"""One data set in four domains: as it is, inverted, transposed, and both."""
+"""Data sets for transfer: one in four domains, and labels of one as those of another."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -43,3 +43,21 @@ def in_all_domains(dataset: Dataset, *, maximum: float = 255.0) -> Dataset:
     columns = {name: np.concatenate([part[name] for part in parts]) for name in dataset}
     size = len(parts[0]["image"])
     return {**columns, "domain": np.repeat(np.arange(len(DOMAINS), dtype=np.int32), size)}
+
+
+def relabelled(dataset: Dataset, *, labels: tuple[int, ...]) -> Dataset:
+    """A data set whose class i is `labels[i]`, without the examples of the classes that are -1 there.
+
+    Args:
+      dataset: `label` and other columns.
+      labels: one for each class; of STL-10 as CIFAR-10: 0, 2, 1, 3, 4, 5, 7, -1, 8, 9.
+
+    Raises:
+      UserError: there are more classes than labels.
+    """
+    old = np.asarray(dataset["label"])
+    if old.size and old.max() >= len(labels):
+        raise UserError(f"relabelled: {len(labels)} labels, but the data set has class {old.max()}.")
+    new = np.asarray(labels, np.int32)[old]
+    kept = new >= 0
+    return {name: column[kept] for name, column in {**dataset, "label": new}.items()}

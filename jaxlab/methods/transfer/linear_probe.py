@@ -113,7 +113,7 @@ def fit_linear_probe(
     if not (np.isfinite(z).all() and np.isfinite(val_z).all()):
         raise UserError("linear_probe: the features are not finite; the encoder has diverged.")
     heads, table, head = [], [], None
-    # On products this small BLAS's threads only wait for each other: 500 × 256 took 27 s with two, 2 s with one.
+    # In products this small BLAS's threads wait for each other: 500 × 256 took 27 s with two, 2 s with one.
     threads = 1 if z.size < 2**22 else None
     for C in Cs:
         with threadpool_limits(threads):

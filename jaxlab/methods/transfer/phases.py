@@ -106,7 +106,8 @@ def in_phases(
     compiled program. Where seeds are vmapped XLA computes the updates of all phases and selects; seeds that
     take turns (see `jaxlab.train.program`) compute one.
 
-    Metrics: `loss` (mean cross-entropy, nats) and `accuracy` on the training batch, and `phase`.
+    Metrics: `loss` (mean cross-entropy, nats) and `accuracy` on the training batch, and `phase`, if there are
+    several.
 
     Args:
       network: of the classifier, which starts from its `init`: in a config from init_from="<stage>".
@@ -157,10 +158,9 @@ def in_phases(
     ) -> tuple[TransferState, dict[str, jax.Array]]:
         variables, opt_states, metrics = jax.lax.switch(state.phase, updates, state, batch, key)
         is_over = state.phase_step + 1 >= jnp.asarray(lengths, jnp.int32)[state.phase]
-        phase = state.phase + is_over
         phase_step = jnp.where(is_over, 0, state.phase_step + 1)
-        state = TransferState(variables, state.initial, opt_states, phase, phase_step)
-        return state, {**metrics, "phase": phase}
+        updated = TransferState(variables, state.initial, opt_states, state.phase + is_over, phase_step)
+        return updated, metrics | ({"phase": state.phase} if len(phases) > 1 else {})
 
     return Method(init, update, lambda state, batch: predict(network, state, batch))
 

@@ -91,6 +91,15 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluation.feature_distortion(data, {"b": data}).evaluate(None, state)
 
 
+def test_labels_of_another_data_set_drop_what_it_has_not():
+    data = {"image": np.arange(4), "label": np.array([2, 0, 1, 2])}
+    found = image_domains.relabelled(data, labels=(5, -1, 3))
+    np.testing.assert_array_equal(found["label"], [3, 5, 3])
+    np.testing.assert_array_equal(found["image"], [0, 1, 3])
+    with pytest.raises(UserError, match="2 labels, but the data set has class 2"):
+        image_domains.relabelled(data, labels=(5, -1))
+
+
 def test_domains_invert_and_transpose():
     image = RNG.integers(0, 256, (2, 3, 3, 1)).astype(np.uint8)
     data = {"image": image, "label": np.arange(2)}

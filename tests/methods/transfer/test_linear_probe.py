@@ -35,7 +35,7 @@ def test_each_probe_is_the_minimum_and_the_smallest_best_C_is_taken():
     W, b, C, table = lp.fit_linear_probe(z, LABELS, CS[::-1], (z[:20], LABELS[:20]))
     assert [row["C"] for row in table] == list(CS)
     best = max(row["accuracy"] for row in table)
-    assert C == min(row["C"] for row in table if row["accuracy"] == best)
+    assert next(row["C"] for row in table if row["accuracy"] == best) == C
     assert np.mean((z[:20] @ W.T + b).argmax(1) == LABELS[:20]) == best
     alone = LogisticRegression(C=C, max_iter=2000, tol=1e-8).fit(z, LABELS)
 
@@ -55,7 +55,7 @@ def test_another_solver_is_given_the_solution_before():
         return np.full((CLASSES, DIM), C), np.zeros(CLASSES)
 
     W, _, C, _ = lp.fit_linear_probe(FEATURES, LABELS, CS, (FEATURES, LABELS), solver)
-    assert C == CS[0]  # all are as bad
+    assert CS[0] == C  # all are as bad
     assert (W == C).all()
     assert starts[0] is None
     assert [start[0][0, 0] for start in starts[1:]] == list(CS[:-1])

@@ -229,7 +229,8 @@ def test_auto_rgn_measures_then_scales_the_moves_of_a_fresh_optimizer():
         ratios = [unfreezing.relative_grad_norms(w, g) for g in own[:2]]
         means = jax.tree.map(lambda a, b: (a + b) / 2, *ratios)
         means["norm1"]["scale"] = 0.0
-        scale = jax.tree.map(lambda m: m / max(jax.tree.leaves(means)), means)
+        largest = max(jax.tree.leaves(means))
+        scale = jax.tree.map(lambda m, largest=largest: m / largest, means)
         momentum = jax.tree.map(jnp.zeros_like, w)
         for step, gradient in enumerate(own):
             moves, state = update(gradient, state, w)
