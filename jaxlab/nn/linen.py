@@ -27,8 +27,8 @@ def from_linen(module: nn.Module) -> Network:
         return module.init(key, inputs, train=False)
 
     def apply(variables, inputs, *, train, key=None):
-        updated = {"batch_stats"} if train else set()
-        mutable = [name for name in variables if name in updated | {"intermediates"}]
+        mutable = {"batch_stats", "intermediates"} if train else {"intermediates"}
+        mutable = [name for name in variables if name in mutable]
         rngs = {} if key is None else {"dropout": key}
         try:
             outputs, updates = module.apply(variables, inputs, train=train, rngs=rngs, mutable=mutable)
@@ -39,7 +39,8 @@ def from_linen(module: nn.Module) -> Network:
             raise ValueError(f"{name} draws random numbers (dropout): apply needs `key`.") from error
         if "intermediates" in variables:
             sown = flax.traverse_util.flatten_dict(updates.pop("intermediates", {}))
-            outputs = {**outputs, "activations": tuple(layer for (layer,) in sown.values())}
+            layers = tuple(layer for of_one in sown.values() for layer in of_one)  # one may be called twice
+            outputs = {**outputs, "activations": layers}
         if "logits" in outputs:
             outputs = {**outputs, "logits": jnp.asarray(outputs["logits"], jnp.float32)}
         return outputs, {**variables, **updates} if updates else variables

@@ -142,7 +142,7 @@ def _activations(
                 "network: it hands out no activations; those of jaxlab.nn with norm and activation do, where"
                 " the method predicts with one of them."
             )
-        yield jax.tree.map(lambda x, rows=rows: x[:rows], outputs["activations"])
+        yield jax.tree.map(lambda x, rows=rows: x if len(x) == rows else x[:rows], outputs["activations"])
 
 
 def _total(act: jax.Array, out: jax.Array, bound: float | None, tau: float, bins: int) -> Totals:
