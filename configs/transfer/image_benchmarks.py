@@ -68,7 +68,7 @@ def get_config(size="cpu", benchmark="living17"):
         dict(name="transforms.random_resized_crop", size=side, scale=[0.08, 1.0]),
         dict(name="transforms.random_flip"),
     ]
-    encoder = dict(name="imagenet_resnet", depth=50) if paper else dict(name="conv_net", channels=[16, 32])
+    encoder = dict(name="imagenet_resnet", depth=50) if paper else dict(name="conv_net", channels=[16, 32, 64])
     pretrained_network = dict(encoder, num_classes=None)
     shared = dict(dataset=test, ood=ood, transforms=transforms)
     validation = test if paper else images(f"{test_split}[50%:]")

@@ -135,6 +135,7 @@ def test_what_cannot_be_probed_is_refused(changed, message):
         lp.fit_linear_probe(**arguments)
 
 
+@pytest.mark.slow
 def test_the_exact_probe_is_the_functions_above_on_the_networks_features_for_each_seed():
     train, validation = problem.batch(1, 40), problem.batch(2, 20)
     method = lp.exact(problem.NETWORK, dataset=train, validation=validation, num_values=4, batch_size=16)

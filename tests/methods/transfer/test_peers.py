@@ -55,6 +55,7 @@ def test_an_anchored_step_is_a_step_on_loss_and_penalty(kernels_only):
     jax.tree.map(np.testing.assert_array_equal, state.anchor, tree(1))
 
 
+@pytest.mark.slow
 def test_l2_sp_stays_nearer_to_the_start():
     distances = []
     for alpha in (0.0, 3.0):
@@ -98,6 +99,7 @@ def test_no_information_at_all_divides_by_nothing():
     )
 
 
+@pytest.mark.slow
 def test_the_fisher_information_is_the_mean_of_squared_gradients():
     data = problem.batch(3, 10)
     variables = problem.NORMALIZED.init(problem.KEY, data["image"])
@@ -139,6 +141,7 @@ def test_the_merge_is_a_convex_sum():
     np.testing.assert_allclose(side_tuning.side_merge(base, side, 1.3), a * base + (1 - a) * side, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["alpha", "sum"])
 def test_side_tuning_trains_all_but_the_base(merge):
     base = mlp(7, hidden=(6, 5), norm="batch_norm")
@@ -244,6 +247,7 @@ def test_auto_rgn_measures_then_scales_the_moves_of_a_fresh_optimizer():
         unfreezing.by_relative_gradient(SGD, epoch_steps=5)
 
 
+@pytest.mark.slow
 def test_auto_rgn_is_a_method():
     state, metrics = problem.run(
         unfreezing.auto_rgn(problem.NORMALIZED, optax.adam(0.01), epoch_steps=4, measured_batches=1), 4

@@ -58,6 +58,7 @@ def test_going_on_from_a_state_ends_with_the_same_bits(stop):
     assert metrics + more == undisturbed()[1]
 
 
+@pytest.mark.slow
 def test_two_phases_are_two_runs_one_after_the_other():
     """Each with a fresh optimizer, whose schedule begins with it."""
     lp = linear_probe(
@@ -70,6 +71,7 @@ def test_two_phases_are_two_runs_one_after_the_other():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), both, tuned.variables)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_remembers_parameters_takes_those_at_the_beginning_of_its_phase():
     anchored = optax.GradientTransformation(
         lambda params: params, lambda g, anchor, params: (jax.tree.map(lambda x: -0.1 * x, g), anchor)
@@ -81,6 +83,7 @@ def test_an_optimizer_that_remembers_parameters_takes_those_at_the_beginning_of_
     jax.tree.map(np.testing.assert_array_equal, anchor, before.variables["params"])
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_torchs_sgd_on_the_cross_entropy():
     torch = pytest.importorskip("torch")
     state, metrics = problem.run(phases.fine_tune(problem.NETWORK, SGD), 4)
@@ -107,6 +110,7 @@ def test_full_fine_tuning_is_torchs_sgd_on_the_cross_entropy():
     )
 
 
+@pytest.mark.slow
 def test_modes_of_batch_normalisation_differ_in_the_statistics():
     for mode, moves in (("train", True), ("eval", False)):
         method = phases.fine_tune(problem.NORMALIZED, SGD, batch_norm=mode)
@@ -115,6 +119,7 @@ def test_modes_of_batch_normalisation_differ_in_the_statistics():
         assert problem.changed(before["params"], after["params"]) >= {"norm1", "norm2"}
 
 
+@pytest.mark.slow
 def test_chosen_layers_are_tuned_alone():
     before, after = (
         problem.run(phases.fine_tune(problem.NETWORK, SGD, trainable=("dense1",)), steps)[0]
@@ -123,6 +128,7 @@ def test_chosen_layers_are_tuned_alone():
     assert problem.changed(before.variables["params"], after.variables["params"]) == {"dense1"}
 
 
+@pytest.mark.slow
 def test_seeds_may_be_vmapped():
     method = two_phases()
     states = jax.jit(jax.vmap(method.init, (0, None)))(jnp.stack([problem.KEY] * 2), problem.batch())

@@ -231,5 +231,5 @@ def test_both_predictions_hold_over_seeds_in_one_vmapped_program_without_x64_aro
 
 
 def test_the_experiment_needs_both_ends_of_the_heads():
-    with pytest.raises(UserError, match=r"0\.0 and 1\.0"):
+    with pytest.raises(UserError, match=r"0\.0 \(FT\) and 1\.0"):
         theory.theory(distances=(0.1,), alphas=(0.5,))
