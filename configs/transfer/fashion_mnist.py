@@ -94,16 +94,14 @@ def get_config(size="cpu"):
     c.stages.lp.steps = 1
     adaptations = {
         "lp_sgd": from_pretrained("linear_probe"),
-        "ft": from_pretrained("phases.fine_tune"),
-        "lp_ft": from_probe("phases.fine_tune", batch_norm="eval"),
-        "lp_ft_in_phases": from_pretrained(
-            "phases.lp_ft", probe_optimizer=sgd(0.03, steps), probe_steps=steps
-        ),
+        "ft": from_pretrained("fine_tune"),
+        "lp_ft": from_probe("fine_tune", batch_norm="eval"),
+        "lp_ft_in_phases": from_pretrained("lp_ft", probe_optimizer=sgd(0.03, steps), probe_steps=steps),
         "l2_sp": from_pretrained("l2_sp.fine_tune"),
         "side_tuning": from_pretrained("side_tuning"),
         "gradual_unfreezing": from_pretrained("unfreezing.gradual_unfreezing"),
         "auto_rgn": from_probe("unfreezing.auto_rgn", epoch_steps=steps // 8),
-        **{f"surgical_{i}": from_probe("phases.fine_tune", trainable=[f"dense{i}"]) for i in (1, 2, 3)},
+        **{f"surgical_{i}": from_probe("fine_tune", trainable=[f"dense{i}"]) for i in (1, 2, 3)},
     }
     for name, stage in adaptations.items():
         for rate in RATES:

@@ -68,7 +68,9 @@ def get_config(size="cpu", benchmark="living17"):
         dict(name="transforms.random_resized_crop", size=side, scale=[0.08, 1.0]),
         dict(name="transforms.random_flip"),
     ]
-    encoder = dict(name="imagenet_resnet", depth=50) if paper else dict(name="conv_net", channels=[16, 32, 64])
+    encoder = (
+        dict(name="imagenet_resnet", depth=50) if paper else dict(name="conv_net", channels=[16, 32, 64])
+    )
     pretrained_network = dict(encoder, num_classes=None)
     shared = dict(dataset=test, ood=ood, transforms=transforms)
     validation = test if paper else images(f"{test_split}[50%:]")
@@ -94,7 +96,7 @@ def get_config(size="cpu", benchmark="living17"):
     def stage(name, rate, init_from="", **keys):
         # Early stopping: result.json is of the last epoch; launch.evaluate --step best gives the best one's.
         schedule = dict(
-            name="jaxlab.methods.transfer.phases:epoch_cosine",
+            name="jaxlab.methods.transfer.lp_ft:epoch_cosine",
             init_value=float(rate),
             epoch_steps=epoch_steps,
             epochs=epochs,
@@ -120,7 +122,7 @@ def get_config(size="cpu", benchmark="living17"):
         steps=1,
     )
     for rate in RATES if paper else RATES[-2:]:
-        c.stages[f"ft_lr_{rate}"] = stage("phases.fine_tune", rate, pretrained_network=pretrained_network)
+        c.stages[f"ft_lr_{rate}"] = stage("fine_tune", rate, pretrained_network=pretrained_network)
     for rate in RATES if paper else RATES[-2:]:
-        c.stages[f"lp_ft_lr_{rate}"] = stage("phases.fine_tune", rate, init_from="lp", batch_norm="eval")
+        c.stages[f"lp_ft_lr_{rate}"] = stage("fine_tune", rate, init_from="lp", batch_norm="eval")
     return c

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlab.core import Method, Network
-from jaxlab.methods.transfer import phases
+from jaxlab.methods.transfer.phases import BatchNormMode, Phase, in_phases
 from jaxlab.methods.transfer.trainable import HEAD
 
 
@@ -87,13 +87,15 @@ def fine_tune(
     beta: float = 0.01,
     kernels_only: bool = True,
     pretrained_network: Network | None = None,
-    batch_norm: phases.BatchNormMode = "train",
+    batch_norm: BatchNormMode = "train",
 ) -> Method:
-    """`phases.fine_tune` with the penalty; the metric `loss` is the cross-entropy without it.
+    """`fine_tune.fine_tune` with the penalty; the metric `loss` is the cross-entropy without it.
 
     Args:
       network, optimizer, pretrained_network, batch_norm: as there.
       alpha, beta, kernels_only: see `anchored`.
     """
     optimizer = anchored(optimizer, alpha=alpha, beta=beta, kernels_only=kernels_only)
-    return phases.fine_tune(network, optimizer, pretrained_network=pretrained_network, batch_norm=batch_norm)
+    return in_phases(
+        network, (Phase(optimizer, batch_norm=batch_norm),), pretrained_network=pretrained_network
+    )

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from jaxlab.core import Batch, Method, Network, UserError, Variables
 from jaxlab.data.transforms import Transform
 from jaxlab.methods.transfer.evaluation import select_on
-from jaxlab.methods.transfer.phases import fine_tune, start_from, unchanging
+from jaxlab.methods.transfer.phases import Phase, in_phases, start_from, unchanging
 from jaxlab.methods.transfer.trainable import HEAD
 from jaxlab.metrics.outputs import map_rows
 
@@ -268,6 +268,5 @@ def linear_probe(
     network: Network, optimizer: optax.GradientTransformation, *, pretrained_network: Network | None = None
 ) -> Method:
     """LP by gradient descent, the network in evaluation mode, as the paper has it for ImageNet."""
-    return fine_tune(
-        network, optimizer, pretrained_network=pretrained_network, trainable=HEAD, batch_norm="eval"
-    )
+    phase = Phase(optimizer, trainable=HEAD)
+    return in_phases(network, (phase,), pretrained_network=pretrained_network)

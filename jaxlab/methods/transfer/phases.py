@@ -1,4 +1,4 @@
-"""Linear probing, full fine-tuning, and one after the other: training in phases.
+"""Training in phases, of which linear probing, fine-tuning and one after the other consist.
 
 Ananya Kumar, Aditi Raghunathan, Robbie Jones, Tengyu Ma, Percy Liang. *Fine-Tuning can Distort Pretrained
 Features and Underperform Out-of-Distribution*. ICLR 2022 (arXiv 2202.10054). Official code:
@@ -168,70 +168,6 @@ def in_phases(
 def predict(network: Network, state: TransferState, batch: Batch) -> Outputs:
     """Outputs of the network in evaluation."""
     return network.apply(state.variables, batch["image"], train=False)[0]
-
-
-def fine_tune(
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    *,
-    pretrained_network: Network | None = None,
-    trainable: str | tuple = "all",
-    batch_norm: BatchNormMode = "train",
-) -> Method:
-    """FT, one phase; see `in_phases`.
-
-    With names of layers it is surgical fine-tuning (Lee et al., ICLR 2023), which starts from a trained head.
-
-    Args:
-      network, pretrained_network: see `in_phases`.
-      optimizer: SGD with momentum 0.9, without weight decay, on `epoch_cosine` in the official code.
-      trainable: which parameters are trained, see `trainable_mask`.
-      batch_norm: see `Phase`.
-    """
-    phase = Phase(optimizer, trainable=trainable, batch_norm=batch_norm)
-    return in_phases(network, (phase,), pretrained_network=pretrained_network)
-
-
-def lp_ft(
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    *,
-    probe_optimizer: optax.GradientTransformation,
-    probe_steps: int,
-    steps: int,
-    pretrained_network: Network | None = None,
-) -> Method:
-    """LP-FT in two phases: LP by gradient descent, then FT from its head, both with frozen statistics.
-
-    From the exact probe it is a stage of `fine_tune` with batch_norm="eval" behind one of
-    `linear_probe.exact`.
-
-    Args:
-      network, pretrained_network: see `in_phases`.
-      optimizer: of FT.
-      probe_optimizer: of LP.
-      probe_steps: of LP.
-      steps: of both together.
-
-    Raises:
-      UserError: nothing is left for one of the phases.
-    """
-    if not 0 < probe_steps < steps:
-        raise UserError(f"probe_steps: expected 1 to {steps - 1}, fewer than all steps, got {probe_steps}.")
-    phases = Phase(probe_optimizer, probe_steps, trainable=HEAD), Phase(optimizer)
-    return in_phases(network, phases, pretrained_network=pretrained_network)
-
-
-def epoch_cosine(init_value: float, *, epoch_steps: int, epochs: int) -> optax.Schedule:
-    """½ η (1 + cos(π e / E)), constant within epoch e, as the official code has it.
-
-    Args:
-      init_value: η.
-      epoch_steps: updates of an epoch.
-      epochs: E.
-    """
-    cosine = optax.cosine_decay_schedule(init_value, epochs)
-    return lambda step: cosine(step // epoch_steps)
 
 
 def unchanging(network: Network, variables_of: Callable[[chex.PRNGKey, Batch], tuple]) -> Method:

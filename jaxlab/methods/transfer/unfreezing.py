@@ -1,7 +1,7 @@
 """Fine-tuning that does not move all layers alike: gradual unfreezing, and Auto-RGN of surgical fine-tuning.
 
-Both are optimizers around another, on `phases.fine_tune`. Fine-tuning of chosen layers alone, surgical
-fine-tuning proper, is `phases.fine_tune` with their names as `trainable`.
+Both are optimizers around another, on `fine_tune.fine_tune`. Fine-tuning of chosen layers alone, surgical
+fine-tuning proper, is `fine_tune.fine_tune` with their names as `trainable`.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlab.core import Method, Network, UserError
-from jaxlab.methods.transfer import phases
+from jaxlab.methods.transfer.phases import BatchNormMode, Phase, in_phases
 from jaxlab.methods.transfer.trainable import (
     blocks,
     is_normalization,
@@ -80,17 +80,19 @@ def gradual_unfreezing(
     cooldown: int = 0,
     gamma: float | None = None,
     pretrained_network: Network | None = None,
-    batch_norm: phases.BatchNormMode = "train",
+    batch_norm: BatchNormMode = "train",
 ) -> Method:
     """Fine-tunes from the top, a block after the other, as the code of LP-FT does (Howard & Ruder, ACL 2018).
 
     Args:
-      network, optimizer, pretrained_network, batch_norm: see `phases.fine_tune`.
+      network, optimizer, pretrained_network, batch_norm: see `fine_tune.fine_tune`.
       steps: of the whole training.
       warmup, cooldown, gamma: see `gradually_unfrozen`.
     """
     optimizer = gradually_unfrozen(optimizer, num_steps=steps, warmup=warmup, cooldown=cooldown, gamma=gamma)
-    return phases.fine_tune(network, optimizer, pretrained_network=pretrained_network, batch_norm=batch_norm)
+    return in_phases(
+        network, (Phase(optimizer, batch_norm=batch_norm),), pretrained_network=pretrained_network
+    )
 
 
 def relative_grad_norms(params: chex.ArrayTree, grads: chex.ArrayTree) -> chex.ArrayTree:
@@ -172,8 +174,10 @@ def auto_rgn(
     epoch_steps: int,
     measured_batches: int = 5,
     pretrained_network: Network | None = None,
-    batch_norm: phases.BatchNormMode = "train",
+    batch_norm: BatchNormMode = "train",
 ) -> Method:
-    """`phases.fine_tune` with the optimizer of `by_relative_gradient`."""
+    """`fine_tune.fine_tune` with the optimizer of `by_relative_gradient`."""
     optimizer = by_relative_gradient(optimizer, epoch_steps=epoch_steps, measured_batches=measured_batches)
-    return phases.fine_tune(network, optimizer, pretrained_network=pretrained_network, batch_norm=batch_norm)
+    return in_phases(
+        network, (Phase(optimizer, batch_norm=batch_norm),), pretrained_network=pretrained_network
+    )

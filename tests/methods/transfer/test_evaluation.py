@@ -6,7 +6,8 @@ import pytest
 
 from jaxlab.core import UserError
 from jaxlab.methods.supervised.erm import erm
-from jaxlab.methods.transfer import evaluation, image_domains, phases
+from jaxlab.methods.transfer import evaluation, image_domains
+from jaxlab.methods.transfer.fine_tune import fine_tune
 from tests.methods.transfer import problem
 
 RNG = np.random.default_rng(0)
@@ -48,7 +49,7 @@ def test_selection_takes_the_first_or_the_last_of_the_best():
 
 
 def test_evaluators_measure_each_set_and_their_mean():
-    method = phases.fine_tune(problem.NETWORK, optax.sgd(0.3))
+    method = fine_tune(problem.NETWORK, optax.sgd(0.3))
     state, _ = problem.run(method, 5)
     dataset, ood = problem.batch(7, 30), {"a": problem.batch(8, 21), "b": problem.batch(9, 10)}
     predict = jax.jit(method.predict)

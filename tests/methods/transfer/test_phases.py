@@ -10,7 +10,9 @@ import pytest
 
 from jaxlab.core import UserError
 from jaxlab.methods.transfer import phases
+from jaxlab.methods.transfer.fine_tune import fine_tune
 from jaxlab.methods.transfer.linear_probe import linear_probe
+from jaxlab.methods.transfer.lp_ft import epoch_cosine, lp_ft
 from jaxlab.nn.mlp import mlp
 from tests.methods.transfer import problem
 
@@ -22,7 +24,7 @@ PRETRAINED = mlp(7, hidden=(6, 5), norm="batch_norm")  # another head
 def two_phases():
     schedule = optax.cosine_decay_schedule(0.2, 3)
     first = optax.adam(schedule)
-    return phases.lp_ft(
+    return lp_ft(
         problem.NORMALIZED,
         SGD,
         probe_optimizer=first,
@@ -66,7 +68,7 @@ def test_two_phases_are_two_runs_one_after_the_other():
     )
     probed, _ = problem.run(lp, 3)
     network = problem.NORMALIZED._replace(init=lambda key, inputs: probed.variables)
-    tuned, _ = problem.run(phases.fine_tune(network, SGD, batch_norm="eval"), 3, first=3)
+    tuned, _ = problem.run(fine_tune(network, SGD, batch_norm="eval"), 3, first=3)
     both = undisturbed()[0].variables
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), both, tuned.variables)
 
@@ -86,7 +88,7 @@ def test_an_optimizer_that_remembers_parameters_takes_those_at_the_beginning_of_
 @pytest.mark.slow
 def test_full_fine_tuning_is_torchs_sgd_on_the_cross_entropy():
     torch = pytest.importorskip("torch")
-    state, metrics = problem.run(phases.fine_tune(problem.NETWORK, SGD), 4)
+    state, metrics = problem.run(fine_tune(problem.NETWORK, SGD), 4)
     start = problem.NETWORK.init(problem.KEY, problem.batch()["image"])["params"]
     layers = jax.tree.map(
         lambda x: torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True), start
@@ -113,7 +115,7 @@ def test_full_fine_tuning_is_torchs_sgd_on_the_cross_entropy():
 @pytest.mark.slow
 def test_modes_of_batch_normalisation_differ_in_the_statistics():
     for mode, moves in (("train", True), ("eval", False)):
-        method = phases.fine_tune(problem.NORMALIZED, SGD, batch_norm=mode)
+        method = fine_tune(problem.NORMALIZED, SGD, batch_norm=mode)
         before, after = (problem.run(method, steps)[0].variables for steps in (0, 1))
         assert bool(problem.changed(before["batch_stats"], after["batch_stats"])) is moves
         assert problem.changed(before["params"], after["params"]) >= {"norm1", "norm2"}
@@ -122,8 +124,7 @@ def test_modes_of_batch_normalisation_differ_in_the_statistics():
 @pytest.mark.slow
 def test_chosen_layers_are_tuned_alone():
     before, after = (
-        problem.run(phases.fine_tune(problem.NETWORK, SGD, trainable=("dense1",)), steps)[0]
-        for steps in (0, 2)
+        problem.run(fine_tune(problem.NETWORK, SGD, trainable=("dense1",)), steps)[0] for steps in (0, 2)
     )
     assert problem.changed(before.variables["params"], after.variables["params"]) == {"dense1"}
 
@@ -156,7 +157,7 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_new():
 
 
 def test_the_cosine_of_epochs_is_constant_within_one():
-    schedule = phases.epoch_cosine(0.3, epoch_steps=4, epochs=5)
+    schedule = epoch_cosine(0.3, epoch_steps=4, epochs=5)
     for step in range(20):
         np.testing.assert_allclose(schedule(step), 0.15 * (1 + np.cos(np.pi * (step // 4) / 5)), rtol=1e-5)
 
@@ -170,7 +171,7 @@ def test_the_cosine_of_epochs_is_constant_within_one():
             r"phases\.0\.steps",
         ),
         (
-            lambda: phases.lp_ft(problem.NETWORK, SGD, probe_optimizer=SGD, probe_steps=5, steps=5),
+            lambda: lp_ft(problem.NETWORK, SGD, probe_optimizer=SGD, probe_steps=5, steps=5),
             "expected 1 to 4",
         ),
     ],

@@ -25,7 +25,7 @@ STAGES = """    c.network = dict(name="mlp", num_classes=2, hidden=[8, 8], norm=
     c.stages = ConfigDict(sort_keys=False)
     c.stages.base = dict(steps=20)
     c.stages.tuned = dict(
-        init_from=dict(pretrained_network="base"), method=dict(name="transfer.phases.lp_ft", **new_head)
+        init_from=dict(pretrained_network="base"), method=dict(name="transfer.lp_ft", **new_head)
     )
     return c"""
 CONFIG = runs.CONFIG.replace("    return c", STAGES)
