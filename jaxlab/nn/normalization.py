@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlab.core import UserError
+from jaxlab.nn import activations
 from jaxlab.nn.activations import Activation, submodule
 
 # "convention": σ(BN(conv(x))); "swap": BN(σ(conv(x))).
@@ -71,7 +73,7 @@ def norm_act_block(
     bn_state: Mapping[str, jax.Array],
     *,
     order: Order,
-    activation: Activation,
+    activation: str | Activation,
     train: bool,
     bias: jax.Array | None = None,
     momentum: float = 0.9,
@@ -86,13 +88,17 @@ def norm_act_block(
         size; or [D, C].
       bn_params, bn_state, train, momentum, eps, axis_name: of `batch_norm`.
       order: "convention": y = σ(BN(conv(x))); "swap": y = BN(σ(conv(x))).
-      activation: σ.
+      activation: σ, a function or the name of one.
       bias: [C] of the convolution; in the order "convention" normalisation cancels it.
 
     Returns:
       y [N, H, W, C] or [N, C]; the new running statistics; and `act`, the output of σ, with `out`, y itself.
+
+    Raises:
+      UserError: unknown order or activation.
     """
     chex.assert_rank(kernel, x.ndim)
+    activation = activations.get(activation)
     if x.ndim == 2:
         h = x @ kernel
     else:
@@ -104,9 +110,11 @@ def norm_act_block(
     if order == "convention":
         h, bn_state = batch_norm(h, bn_params, bn_state, **settings)
         act = y = activation(h)
-    else:
+    elif order == "swap":
         act = activation(h)
         y, bn_state = batch_norm(act, bn_params, bn_state, **settings)
+    else:
+        raise UserError(f"order: expected 'convention' or 'swap', got {order!r}.")
     return y, bn_state, {"act": act, "out": y}
 
 

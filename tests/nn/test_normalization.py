@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.core import UserError
 from jaxlab.nn.activations import shifted
 from jaxlab.nn.normalization import BatchNorm, norm_act_block
 
@@ -105,7 +106,7 @@ IMAGES, KERNEL, BIAS, WEIGHTS = (np.float32(x) for x in (IMAGES, KERNEL, BIAS, W
 
 
 def block(x, kernel, params=PARAMS, stats=STATS, **keys):
-    keys = {"order": "swap", "activation": jnp.tanh, "train": True} | keys
+    keys = {"order": "swap", "activation": "tanh", "train": True} | keys
     return jax.jit(lambda *arrays: norm_act_block(*arrays, **keys))(x, kernel, params, stats)
 
 
@@ -188,3 +189,11 @@ def test_in_swap_a_shift_is_a_frozen_bias():
     y, *_ = block(IMAGES, KERNEL, activation=shifted("tanh", 0.7))
     biased, *_ = block(IMAGES, KERNEL, bias=np.full(2, 0.7, np.float32))
     np.testing.assert_allclose(biased, y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), [({"order": "after"}, "order"), ({"activation": "tanhh"}, "Did")]
+)
+def test_an_unknown_order_or_activation_is_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        block(IMAGES, KERNEL, **keys)
