@@ -165,17 +165,23 @@ class NormActivation(BatchNorm, kw_only=True):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         activation = submodule(self.activation, "shift")
         if self.order == "convention":
-            act = out = activation(super().__call__(x, train=train))
+            normalized = super().__call__(x, train=train)
+            out = activation(normalized)
+            sow_activations(self, out, out, norm_in=x, norm_out=normalized)
         else:
             act = activation(x)
             out = super().__call__(act, train=train)
-        sow_activations(self, act, out)
+            sow_activations(self, act, out)
         return out
 
 
-def sow_activations(module: nn.Module, act: jax.Array, out: jax.Array, name: str = "activations") -> None:
+def sow_activations(
+    module: nn.Module, act: jax.Array, out: jax.Array, name: str = "activations", **others: jax.Array
+) -> None:
     """Hands out `act`, the output of an activation, and `out`, what the next layer receives, if asked for.
 
-    See `jaxlab.nn.from_linen` for how to ask; nothing is computed or kept where nobody does.
+    `others` are of the same shape: `norm_in` and `norm_out`, before and behind a normalisation that stands in
+    front of the activation. See `jaxlab.nn.from_linen` for how to ask; nothing is computed or kept where
+    nobody does.
     """
-    module.sow("intermediates", name, {"act": act, "out": out})
+    module.sow("intermediates", name, {"act": act, "out": out, **others})

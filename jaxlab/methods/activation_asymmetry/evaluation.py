@@ -14,12 +14,20 @@ from jaxlab.methods.activation_asymmetry import metrics
 from jaxlab.methods.activation_asymmetry.metrics import Moments
 from jaxlab.metrics.outputs import Dataset, Transform, predict_batches
 
-# `act`, the output of an activation, and `out`, what the next layer receives of it: [B, ..., C].
+# `act`, the output of an activation, and `out`, what the next layer receives of it, with `norm_in` and
+# `norm_out` where a normalisation stands in front of the activation: [B, ..., C].
 Layer = Mapping[str, jax.Array]
 Results = Mapping[str, Mapping[str, Any]]
 
 _BINS = 40
 _MOST_DRAWN = 4  # layers whose channels have histograms
+# What has histograms, in their order.
+_PANELS = {
+    "norm_in": "before batch norm",
+    "norm_out": "behind batch norm",
+    "act": "activation",
+    "out": "as the next layer sees it",
+}
 _COLOURS = {"most": "#d55e00", "least": "#0072b2", "pooled": "#7f7f7f"}
 # Drawn, and few enough to stand beside an accuracy in one table.
 _SCALARS = ("skewness", "saturation", "asymmetric_saturation", "hoyer_sparsity")
@@ -32,7 +40,7 @@ class Totals(NamedTuple):
       act: moments of each channel of `act`.
       pooled: moments of all values of `act` together.
       means: over the values of each channel, [C].
-      lowest: of `act` and of `out`, [C].
+      lowest: of everything that the layer hands out, by its name, [C].
       highest: likewise.
     """
 
@@ -76,10 +84,10 @@ def asymmetry(
       those of `pooled_skewness` (all channels of a layer taken as one; its absolute value),
       `constant_channels` (the share that does not vary), `near_zero_fraction`, `histogram_saturation`,
       `saturated_fraction` and `mean_asymmetry` too. Its plots are `layers`, the curves of the first four, and
-      `channels`, histograms of the channels with the largest and the smallest absolute skewness, as they
-      leave the activation and as the next layer receives them, which is behind batch normalisation in the
-      order "swap"; drawn from `histogram/<layer>/<most or least>/<act or out>` (shares of the values) and
-      `.../<act or out>_edges`.
+      `channels`, histograms of the channels with the largest and the smallest absolute skewness of the
+      activation, before and behind batch normalisation; drawn from `histogram/<layer>/<most or least>/<name>`
+      (shares of the values) and `.../<name>_edges`. In the order "convention" the names are `norm_in`,
+      `norm_out` and `act`, else `act` and `out`.
 
     Raises:
       UserError: a bound, `tau`, `bins` or `delta` without sense; in evaluation, a network that hands out no
@@ -93,7 +101,7 @@ def asymmetry(
 
     @jax.jit
     def total(layers: tuple[Layer, ...]) -> list[Totals]:
-        return [_total(layer["act"], layer["out"], bound, tau, bins) for layer in layers]
+        return [_total(layer, bound, tau, bins) for layer in layers]
 
     @jax.jit
     def near_zero(layers: tuple[Layer, ...], limits: list[jax.Array]) -> list[jax.Array]:
@@ -145,7 +153,8 @@ def _activations(
         yield jax.tree.map(lambda x, rows=rows: x if len(x) == rows else x[:rows], outputs["activations"])
 
 
-def _total(act: jax.Array, out: jax.Array, bound: float | None, tau: float, bins: int) -> Totals:
+def _total(layer: Layer, bound: float | None, tau: float, bins: int) -> Totals:
+    act, out = layer["act"], layer["out"]
     channels = act.shape[-1]
     axes = tuple(range(act.ndim - 1))
     means = {"absolute": jnp.abs(out).mean(axes), "square": jnp.square(out).mean(axes)}
@@ -154,13 +163,12 @@ def _total(act: jax.Array, out: jax.Array, bound: float | None, tau: float, bins
         middle, outside = metrics.middle_bin_means(act, bins, bound)
         saturation = metrics.channel_saturation(act, bound)
         means |= {"saturation": saturation, "hi": hi, "lo": lo, "middle": middle, "outside": outside}
-    both = {"act": act, "out": out}
     return Totals(
         metrics.moments_update(metrics.moments_init(channels), act),
         metrics.moments_update(metrics.moments_init(1), act.reshape(-1, 1)),
         means,
-        {name: x.min(axes) for name, x in both.items()},
-        {name: x.max(axes) for name, x in both.items()},
+        {name: x.min(axes) for name, x in layer.items()},
+        {name: x.max(axes) for name, x in layer.items()},
     )
 
 
@@ -208,16 +216,20 @@ class _Histograms:
         self._edges: dict[str, np.ndarray] = {}
         self._counts: dict[str, np.ndarray] = {}
         self._channels: dict[int, dict[str, int]] = {}
+        self._names: dict[int, list[str]] = {}
         self._skewness: dict[str, np.ndarray] = {}
         for i in np.unique(np.linspace(0, len(totals) - 1, _MOST_DRAWN).astype(int)):
             skewness = moments[i]["skewness"]
             size = np.where(moments[i]["valid"], np.abs(skewness), np.nan)
             if np.isnan(size).all():
                 continue
+            self._names[i] = [name for name in _PANELS if name in totals[i].lowest]
+            if "norm_in" in self._names[i]:
+                self._names[i].remove("out")  # it is `act`
             self._channels[i] = {"most": int(np.nanargmax(size)), "least": int(np.nanargmin(size))}
             for which, channel in self._channels[i].items():
                 self._skewness[f"{i + 1}/{which}"] = skewness[[channel]]
-                for name in ("act", "out"):
+                for name in self._names[i]:
                     low, high = totals[i].lowest[name][channel], totals[i].highest[name][channel]
                     key = f"{i + 1}/{which}/{name}"
                     self._edges[key] = np.linspace(low, high, _BINS + 1)
@@ -226,8 +238,8 @@ class _Histograms:
     def add(self, layers: tuple[Layer, ...]) -> None:
         for i, channels in self._channels.items():
             picked = np.array(list(channels.values()))
-            for name, x in layers[i].items():
-                values = np.asarray(jnp.take(x, picked, axis=-1), np.float64)
+            for name in self._names[i]:
+                values = np.asarray(jnp.take(layers[i][name], picked, axis=-1), np.float64)
                 for position, which in enumerate(channels):
                     key = f"{i + 1}/{which}/{name}"
                     edges = self._edges[key]
@@ -283,22 +295,27 @@ def _plot_layers(results: Results) -> Figure:
 
 
 def _plot_channels(results: Results, layers: list[int]) -> Figure:
-    """A row a layer: its most and its least skewed channel, each before and after batch normalisation."""
-    figure = Figure(figsize=(9, 0.5 + 1.9 * len(layers)), layout="constrained")
-    panels = figure.subplots(len(layers), 4, squeeze=False)
-    columns = [(which, name) for which in ("most", "least") for name in ("act", "out")]
-    for row, layer in zip(panels, layers):
-        for axes, (which, name) in zip(row, columns):
+    """A row a layer: its most and its least skewed channel, each before and behind batch normalisation."""
+    shown = [[name for name in _PANELS if f"histogram/{i}/most/{name}" in results] for i in layers]
+    width = max(map(len, shown))
+    figure = Figure(figsize=(2.25 * 2 * width, 0.5 + 1.9 * len(layers)), layout="constrained")
+    panels = figure.subplots(len(layers), 2 * width, squeeze=False)
+    for axes in panels.ravel():
+        axes.set_visible(False)
+    for row, layer, names in zip(panels, layers, shown):
+        for which, half in (("most", row[:width]), ("least", row[width:])):
             place = f"histogram/{layer}/{which}"
-            shares, edges, skewness = (
-                np.asarray(results[key]["values"][0])
-                for key in (f"{place}/{name}", f"{place}/{name}_edges", f"{place}/skewness")
-            )
-            axes.stairs(shares, edges, fill=True, color=_COLOURS[which], alpha=0.6)
-            what = f"{which} skewed: {skewness.item():+.2f}" if name == "act" else "as the next layer sees it"
-            axes.set_title(what, loc="left", fontsize=8)
-            axes.tick_params(labelsize=7, length=0)
-            axes.spines[["top", "right"]].set_visible(False)
+            skewness = np.asarray(results[f"{place}/skewness"]["values"][0]).item()
+            for axes, name in zip(half, names):
+                shares, edges = (
+                    np.asarray(results[f"{place}/{key}"]["values"][0]) for key in (name, f"{name}_edges")
+                )
+                axes.stairs(shares, edges, fill=True, color=_COLOURS[which], alpha=0.6)
+                of_activation = f", {which} skewed: {skewness:+.2f}" if name == "act" else ""
+                axes.set_title(_PANELS[name] + of_activation, loc="left", fontsize=8)
+                axes.tick_params(labelsize=7, length=0)
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.set_visible(True)
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
     figure.supylabel("share of values", fontsize=9)
     return figure

@@ -89,6 +89,29 @@ def test_asking_for_activations_changes_no_output_and_costs_nothing_where_nobody
     assert updated["intermediates"] == {}
 
 
+def test_a_normalisation_in_front_of_the_activation_is_seen_from_both_sides():
+    method = erm(mlp(3, hidden=(5,), norm="batch_norm", activation="tanh"), optax.sgd(0.1))
+    state = random_state(method)
+    asking = state._replace(variables={**state.variables, "intermediates": {}})
+    (layer,) = method.predict(asking, DATASET)["activations"]
+    hidden = DATASET["image"].reshape(48, -1) @ state.variables["params"]["dense1"]["kernel"]
+    np.testing.assert_allclose(layer["norm_in"], hidden, rtol=1e-4, atol=1e-4)
+    norm, running = state.variables["params"]["norm1"], state.variables["batch_stats"]["norm1"]
+    normalized, _ = batch_norm(layer["norm_in"], norm, running, train=False)
+    np.testing.assert_allclose(layer["norm_out"], normalized, rtol=1e-5)
+    np.testing.assert_allclose(layer["act"], np.tanh(normalized), rtol=1e-5)
+
+    evaluator = asymmetry(DATASET)
+    measured = evaluator.evaluate(jax.jit(method.predict), state)
+    most = {name.split("/")[-1] for name in measured if name.startswith("histogram/1/most")}
+    assert most == {"norm_in", "norm_in_edges", "norm_out", "norm_out_edges", "act", "act_edges", "skewness"}
+    results = {name: {"mean": v, "stderr": 0 * v, "values": [v]} for name, v in measured.items()}
+    drawn = evaluator.plot(results)["channels"].axes
+    assert [axes.get_title(loc="left").split(",")[0] for axes in drawn if axes.get_visible()] == 2 * [
+        *("before batch norm", "behind batch norm", "activation")
+    ]
+
+
 def test_eight_devices_and_several_seeds_give_the_figures_of_one():
     method = erm(mlp(3, hidden=(5, 5), norm="batch_norm", order="swap", activation="tanh"), optax.sgd(0.1))
     states = jax.tree.map(lambda *x: np.stack(x), *(random_state(method) for _ in range(2)))
