@@ -87,7 +87,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     try:
-        with zipfile.ZipFile(path) as archive:
+        # From memory, where a read is as long as what is there; from a file, as long as the archive claims.
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
             return _read_archive(archive)
     except UserError as error:
         raise UserError(f"{path}: {error}.") from error

@@ -67,6 +67,11 @@ def _open_npy(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: no such file; train/ and valid/ need images.npy and attrs.npy each.")
     try:
+        with open(path, "rb") as file:
+            start = file.read(12)  # the magic string, the version, and the header's length in 2 or 4 bytes
+        length = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header claims {length} bytes")  # NumPy would reserve them
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, neither pickles nor archives
     except Exception as error:  # a damaged header can fail anywhere
         raise UserError(

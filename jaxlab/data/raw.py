@@ -378,7 +378,7 @@ def from_files(
     width = height = size
     if size is None:
         paths = (path for found in files.values() for _, path, _ in found)
-        sizes = {_with_image(path, lambda image: image.size) for path in paths}
+        sizes = {_with_image(path, lambda image, content: image.size) for path in paths}
         width, height = sizes.pop() if len(sizes) == 1 else (None, None)
     splits = {split: Split(len(found), examples(split)) for split, found in files.items()}
     return RawDataset((height, width, 3), classes, splits)
@@ -395,21 +395,23 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _read_image(path: Path, size: int | None) -> bytes | Image.Image:
-    def read(image: Image.Image) -> bytes | Image.Image:
+    def read(image: Image.Image, content: bytes) -> bytes | Image.Image:
         image.load()  # the whole file is checked here, while its name is known
         if size is not None:
             return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        return path.read_bytes() if image.mode == "RGB" else image.convert("RGB")
+        return content if image.mode == "RGB" else image.convert("RGB")
 
     return _with_image(path, read)
 
 
-def _with_image(path: Path, read: Callable[[Image.Image], Any]) -> Any:
+def _with_image(path: Path, read: Callable[[Image.Image, bytes], Any]) -> Any:
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > _MAX_PIXELS_PER_BYTE * path.stat().st_size:
+        # From memory, where a read is as long as what is there; from a file, as long as a chunk claims to be.
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > _MAX_PIXELS_PER_BYTE * len(content):
                 raise ValueError(f"{image.width} × {image.height} pixels cannot be in a file of this size")
-            return read(image)
+            return read(image, content)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UserError(f"{path}: broken image ({error}); replace or remove it.") from error
 
