@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab.core import Batch, Stream, UserError
+from jaxlab.data.permutation import permuted_index
 from jaxlab.methods.in_context.functions import (
     FunctionClass,
     PointLoss,
@@ -73,8 +74,9 @@ def in_context_prompts(
     dimension: int,
     dims_curriculum: Mapping[str, int] | None = None,
     points_curriculum: Mapping[str, int] | None = None,
+    num_training_examples: int | None = None,
 ) -> Stream:
-    """A stream of fresh prompts, generated on the device.
+    """A stream of prompts, generated on the device.
 
     A batch is {"xs": [B, K, d], "ys": [B, K], "n_dims": [B], "n_points": [B]}; the last two are int32, the
     same for all of a batch: how many coordinates are not zero, and how many points are to be learnt from.
@@ -88,17 +90,39 @@ def in_context_prompts(
         None. In the paper: 5 to d, 1 more each 2000 steps.
       points_curriculum: likewise for `n_points`; always K if None. In the paper: 11 to 2d + 1, 2 more each
         2000 steps; 26 to 5d + 1, 5 more, for trees and networks.
+      num_training_examples: of how many fixed prompts, with their functions and noise, every batch has B
+        different ones, as in the official code; those of each seed are its own, and labels that a class
+        scales by those of all the batch are scaled prompt by prompt. Fresh prompts if None.
 
     Raises:
-      UserError: a curriculum lacks a value, or one is out of range.
+      UserError: a curriculum lacks a value, or one is out of range; there are fewer fixed prompts than a
+        batch has, or a curriculum that would change them.
     """
     _check_curriculum("dims_curriculum", dims_curriculum, dimension)
     _check_curriculum("points_curriculum", points_curriculum, num_points)
+    if num_training_examples is not None:
+        if num_training_examples < batch_size:
+            raise UserError(
+                f"num_training_examples: {num_training_examples} are fewer than a batch of {batch_size}."
+            )
+        if dims_curriculum or points_curriculum:
+            raise UserError("num_training_examples: fixed prompts have no curriculum; leave one of them out.")
+
+    def draw(step: jax.Array, key: chex.PRNGKey, n_dims: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        if num_training_examples is None:
+            return sample_prompts(key, step, function, batch_size, num_points, dimension, n_active=n_dims)[1:]
+        order_key, prompts_key = jax.random.split(key)
+        order_key = jax.random.fold_in(order_key, step)
+        prompts = permuted_index(order_key, jnp.arange(batch_size), num_training_examples)
+        _, xs, ys = jax.vmap(
+            lambda prompt: sample_prompts(prompts_key, prompt, function, 1, num_points, dimension)
+        )(prompts)
+        return xs[:, 0], ys[:, 0]
 
     def batch(step: jax.Array, key: chex.PRNGKey) -> Batch:
         n_dims = curriculum_value(step, **dims_curriculum) if dims_curriculum else dimension
         n_points = curriculum_value(step, **points_curriculum) if points_curriculum else num_points
-        _, xs, ys = sample_prompts(key, step, function, batch_size, num_points, dimension, n_active=n_dims)
+        xs, ys = draw(step, key, n_dims)
         return {
             "xs": xs,
             "ys": ys,

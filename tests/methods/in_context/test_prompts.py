@@ -171,6 +171,21 @@ def test_a_batch_is_that_of_its_step_and_replica_and_whole_without_curriculum():
     assert np.all(together["xs"] != 0)
 
 
+def test_fixed_prompts_come_again_with_their_noise_and_never_twice_in_a_batch():
+    stream = prompts.in_context_prompts(
+        noisy_linear(noise_std=0.5), batch_size=4, num_points=3, dimension=2, num_training_examples=6
+    )
+    batches = jax.jit(jax.vmap(stream.batch, (0, None)))(jnp.arange(40), KEY)
+    assert batches["xs"].shape == (40, 4, 3, 2)
+    rows = np.concatenate([batches["xs"].reshape(40, 4, -1), batches["ys"]], axis=-1)
+    assert len(np.unique(rows.reshape(160, -1), axis=0)) == 6
+    assert all(len(np.unique(batch, axis=0)) == 4 for batch in rows)
+    _, counts = np.unique(rows.reshape(160, -1), axis=0, return_counts=True)
+    assert counts.min() > 10
+    other = stream.batch(0, jax.random.key(1))["xs"].reshape(4, -1)
+    assert not np.isin(other, rows).any()
+
+
 def test_a_config_names_the_class_of_its_prompts():
     section = dict(
         name="jaxlab.methods.in_context.prompts:in_context_prompts",
@@ -196,6 +211,11 @@ def test_a_config_names_the_class_of_its_prompts():
         (
             lambda: stream(points_curriculum=dict(start=1, end=2)),
             "points_curriculum: expected start, end, inc",
+        ),
+        (lambda: stream(num_training_examples=1), "num_training_examples: 1 are fewer than a batch"),
+        (
+            lambda: stream(num_training_examples=9, dims_curriculum=DIMS),
+            "num_training_examples: .* no curriculum",
         ),
         (lambda: prompts.interleave(normal(1, 2, 3), normal(1, 2), "both"), "layout: "),
         (lambda: prompts.orthants(query="same"), "query: "),
