@@ -259,14 +259,14 @@ def check_fit(
         was given and scalars.
     """
 
-    def init_and_update(key: chex.PRNGKey, handed_over: Any) -> Any:
+    def init_and_update(key: chex.PRNGKey, handed_over: Any, batch: Batch | None) -> Any:
         first = stream.batch(0, key) if batch is None else batch
         state = make_method(handed_over).init(key, first)
         return state, make_method(None).update(state, first, key)
 
     try:
         batch = None if stream.on_device else stream.batch(0, jax.random.key(0))
-        state, (updated, metrics) = jax.eval_shape(init_and_update, jax.random.key(0), handed_over)
+        state, (updated, metrics) = jax.eval_shape(init_and_update, jax.random.key(0), handed_over, batch)
     except UserError:
         raise
     except Exception as error:  # whatever shapes, keys and sizes that do not fit lead to under tracing

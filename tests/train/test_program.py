@@ -11,7 +11,7 @@ from jaxlab.core import Method, Stream, UserError
 from jaxlab.train import devices
 from jaxlab.train import program as train_program
 from jaxlab.train.loop import _has_nan
-from jaxlab.train.program import _equations, _hoist_constants, _work, replica_keys
+from jaxlab.train.program import _equations, _hoist_constants, _work, check_fit, replica_keys
 from tests import toy
 from tests.train.parts import BATCH_SIZE, assert_close, assert_equal, make, run
 
@@ -119,6 +119,13 @@ def test_a_method_without_floats_network_or_metrics_runs():
     replicas = run(make(make_method=flip))
     assert not np.any(replicas.state.mask)  # twelve steps
     assert not np.any(_has_nan(replicas.state))
+
+
+def test_a_method_may_index_the_columns_of_a_host_stream_by_what_it_draws():
+    def update(state, batch, key):
+        return state, {"label": batch["label"][jax.random.permutation(key, BATCH_SIZE)][0]}
+
+    check_fit(search(update), toy.blobs(BATCH_SIZE, on_device=False))
 
 
 @pytest.mark.parametrize(
