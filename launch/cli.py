@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,8 @@ from jaxlab.train import devices
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a command and exits with its status; a `UserError` or `OSError` becomes one line and a status."""
     try:
-        status = main()
+        with devices.outlasting_lost_hosts():
+            status = main()
     except UserError as error:
         status = _fail(str(error), error.status)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to read an error
@@ -31,9 +34,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = _fail(f"{error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
     if status and jax.distributed.is_initialized():
-        # An orderly exit would wait for the other hosts, which may be waiting for this one.
+        # An orderly exit would wait for the other hosts, which may be waiting for this one. They end with
+        # the first, so that it lets them have their say.
         sys.stdout.flush()
+        if jax.process_index() == 0:
+            time.sleep(2)
         os._exit(status)
     sys.exit(status)
 
@@ -68,15 +79,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def set_up_jax() -> None:
     """Joins the other hosts, turns the persistent compilation cache on, quietens libraries."""
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    devices.initialize_hosts()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     # Orbax logs through absl what it raises too, and its failures are told in one line of ours.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("jax").setLevel(logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlab" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    devices.initialize_hosts()
 
 
 def _fail(message: str, status: int = UserError.status) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 from rich.console import Console
 
 from jaxlab import config as configs
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config, Path(arguments.workdir))
     except Interrupted as stop:
         print(f"{stop}; run the same command to go on", file=sys.stderr)
+        jax.distributed.shutdown()  # all hosts have stopped at this step: none leaves before the others
         return 128 + stop.signal_number
     return 0
 

@@ -1,7 +1,10 @@
 """The one place that knows of devices: the mesh `seed` × `data`, where arrays lie, several hosts."""
 
+import contextlib
+import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import chex
@@ -11,8 +14,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.core import UserError
+from jaxlab.train.lost_hosts import relay_stderr
 
 SEED, DATA = "seed", "data"
+# Seconds without a sign of life after which JAX gives a process up and ends the others.
+HEARTBEAT_TIMEOUT = 30
 T = TypeVar("T")
 
 
@@ -28,13 +34,50 @@ def initialize_hosts() -> None:
             raise UserError(
                 f"environment: beside COORDINATOR_ADDRESS set {' and '.join(missing)} to a number."
             )
-        jax.distributed.initialize(
-            coordinator_address=os.environ["COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["NUM_PROCESSES"]),
-            process_id=int(os.environ["PROCESS_ID"]),
-        )
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        where = {
+            "coordinator_address": os.environ["COORDINATOR_ADDRESS"],
+            "num_processes": int(os.environ["NUM_PROCESSES"]),
+            "process_id": int(os.environ["PROCESS_ID"]),
+        }
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _on_tpu():
+        where = {}  # JAX finds it out
+    else:
+        return
+    relay_stderr()
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+
+
+def _on_tpu() -> bool:
+    """Whether this is a host with TPUs, of a pod perhaps: JAX asks the machine's metadata how many there are.
+
+    JAX sets TPU_SKIP_MDS_QUERY as it is imported on a machine without TPUs; GKE sets it too.
+    """
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] not in ("", "tpu"):
+        return False
+    metadata = "TPU_SKIP_MDS_QUERY" not in os.environ
+    named = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return importlib.util.find_spec("libtpu") is not None and (metadata or named)
+
+
+@contextlib.contextmanager
+def outlasting_lost_hosts() -> Iterator[None]:
+    """Within it, an error that comes of another host having gone waits for JAX to end this process.
+
+    JAX says it in one line (see `lost_hosts`), the error seldom does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.distributed.is_initialized() and _tells_of_another_host(error):
+            time.sleep(1.5 * HEARTBEAT_TIMEOUT)
+        raise
+
+
+def _tells_of_another_host(error: BaseException | None) -> bool:
+    return error is not None and (
+        any(name in str(error) for name in ("Gloo", "NCCL", "Barrier", "CoordinationService"))
+        or _tells_of_another_host(error.__cause__ or error.__context__)
+    )
 
 
 def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int, place: str = "config") -> Mesh:

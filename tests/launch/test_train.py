@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 
 import jax
 import numpy as np
@@ -310,64 +309,3 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_good(finished, 
     assert len(errors) == 1
     assert "Traceback" not in process.stderr
     assert experiment.load(tmp_path).step >= 100
-
-
-def start_two(config, workdir, *overrides):
-    """Two processes on this machine, one device each, that train together."""
-    port = np.random.default_rng().integers(20000, 60000)
-    return [
-        runs.start(
-            config,
-            workdir,
-            "--config.devices.data=2",
-            *overrides,
-            env=runs.environment(
-                COORDINATOR_ADDRESS=f"localhost:{port}",
-                NUM_PROCESSES="2",
-                PROCESS_ID=str(i),
-                JAX_PLATFORMS="cpu",
-            ),
-        )
-        for i in range(2)
-    ]
-
-
-def test_two_processes_train_to_the_result_of_one(tmp_path):
-    config = runs.write_config(tmp_path, runs.STAGED)
-    for process in start_two(config, tmp_path / "two"):
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
-    assert json.loads(runs.result(tmp_path / "two"))["environment"]["process_count"] == 2
-    assert runs.run(config, tmp_path / "one") == 0
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-        *(runs.final_state(tmp_path / name / "tuned") for name in ("one", "two")),
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_on_a_signal_to_one_and_go_on(tmp_path):
-    config = runs.write_config(tmp_path)
-    long = ("--config.steps=3000", "--config.log_every=100", "--config.checkpoint_every=1000")
-    processes = start_two(config, tmp_path / "two", *long)
-    while not (tmp_path / "two" / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    processes[1].terminate()
-    for process in processes:
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    for process in start_two(config, tmp_path / "two", *long):
-        assert process.wait(timeout=300) == 0
-    steps = [
-        json.loads(line)["step"] for line in runs.lines(tmp_path / "two").splitlines() if '"train"' in line
-    ]
-    assert steps == list(range(100, 3001, 100))
-
-
-@pytest.mark.slow
-def test_what_only_the_first_of_two_processes_finds_ends_both(tmp_path):
-    config = runs.write_config(tmp_path)
-    assert runs.run(config, tmp_path / "run") == 0
-    for process in start_two(config, tmp_path / "run", "--config.optimizer.learning_rate=0.2"):
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert "holds a run of another config" in error
