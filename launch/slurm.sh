@@ -18,7 +18,8 @@
 #
 # Five minutes before the time limit (--signal=B:USR1@300), and where SLURM preempts the job with notice, the
 # run writes a checkpoint and the job goes back into the queue. Where a node fails SLURM itself puts it back.
-# Either way the same command goes on from the newest checkpoint. A run that fails is not queued again.
+# Either way the same command goes on from the newest checkpoint. A run that fails, or a job that is cancelled,
+# is not queued again.
 set -euo pipefail
 
 if [[ $# -lt 2 || -z ${SLURM_JOB_ID:-} ]]; then
@@ -33,18 +34,20 @@ srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PE
   "${PYTHON:-.venv/bin/python}" -m launch.train --config "$config" --workdir "$workdir" "$@" &
 step=$!
 
-# scancel reaches the processes; srun itself would answer SIGTERM by killing them.
-preempted=
-trap 'preempted=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+# SLURM warns this shell only. scancel reaches the processes; srun would answer SIGTERM by killing them, and
+# a second SIGTERM would end them before the checkpoint is written.
+trap 'trap : USR1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap : TERM # the processes have got it too
 
 status=0
 wait "$step" || status=$?
-while kill -0 "$step" 2>/dev/null; do # the signal has ended `wait`, not the step
+while kill -0 "$step" 2>/dev/null; do # a signal has ended `wait`, not the step
   status=0
   wait "$step" || status=$?
 done
 
-if [[ -n $preempted && $status -ne 0 ]]; then
+# 143: stopped by SIGTERM, the checkpoint is written. A job that is being cancelled does not run any more.
+if [[ $status -eq 143 && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

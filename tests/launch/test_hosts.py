@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,9 +25,14 @@ LOST = (
 )
 
 
-def start_processes(count, config, workdir, *overrides):
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_processes(count, config, workdir, *overrides, port=None):
     """So many processes on this machine, one device each, that train together."""
-    port = np.random.default_rng().integers(20000, 60000)
+    port = port or free_port()
     return [
         runs.start(
             config,
@@ -69,7 +75,8 @@ LONG = ("--config.steps=3000", "--config.log_every=100", "--config.checkpoint_ev
 @pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 2)])
 def test_where_one_process_is_killed_the_others_say_so_and_the_same_command_goes_on(tmp_path, count, victim):
     config = runs.write_config(tmp_path)
-    processes = start_processes(count, config, tmp_path / "killed", *LONG)
+    port = free_port()
+    processes = start_processes(count, config, tmp_path / "killed", *LONG, port=port)
     while not (tmp_path / "killed" / "checkpoints" / "1000").exists():
         time.sleep(0.05)
     processes.pop(victim).kill()
@@ -78,7 +85,7 @@ def test_where_one_process_is_killed_the_others_say_so_and_the_same_command_goes
         _, error = process.communicate(timeout=end - time.monotonic())
         assert process.returncode not in (0, None)
         assert error.splitlines() == [LOST]
-    for process in start_processes(count, config, tmp_path / "killed", *LONG):
+    for process in start_processes(count, config, tmp_path / "killed", *LONG, port=port):
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         assert "going on from the checkpoint of step" in error
@@ -175,7 +182,7 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(fake):
-    """What `sbatch`, `srun`, `scancel` and `scontrol requeue` do, on this machine."""
+    """What SLURM's commands do for the script, on this machine."""
     # SLURM runs a copy of the script, where the job was submitted.
     fake("sbatch", 'cp "$1" "$STATE/slurm_script"; shift; exec bash "$STATE/slurm_script" "$@"')
     fake(
@@ -197,6 +204,7 @@ def slurm(fake):
     )
     fake("scancel", 'kill -TERM $(cat "$STATE/tasks")')
     fake("scontrol")
+    fake("squeue", "echo RUNNING")
     return fake
 
 
@@ -231,20 +239,36 @@ def test_the_slurm_script_starts_the_same_command_on_every_task(slurm):
 
 
 @pytest.mark.parametrize(
-    ("ending", "status", "requeued"),
-    [("exit 143", 143, True), ("exit 0", 0, False)],
-    ids=["stopped", "complete"],
+    ("signals", "job_state", "ending", "last_call"),
+    [
+        (["USR1"], "RUNNING", "exit 143", "scontrol requeue 7"),
+        (["USR1", "USR1"], "RUNNING", "sleep 0.3; exit 143", "scontrol requeue 7"),
+        (["USR1"], "RUNNING", "exit 0", "scancel --signal=TERM 7"),
+        (["TERM"], "RUNNING", "exit 143", "scontrol requeue 7"),
+        (["TERM"], "COMPLETING", "exit 143", "squeue --noheader --jobs=7 --format=%T"),
+    ],
+    ids=["time limit", "warned twice", "complete in time", "preempted", "cancelled"],
 )
-def test_a_slurm_job_that_is_to_end_checkpoints_and_queues_again_what_is_not_complete(
-    slurm, ending, status, requeued, tmp_path
+def test_a_slurm_job_that_is_stopped_checkpoints_and_queues_again(
+    slurm, tmp_path, signals, job_state, ending, last_call
 ):
-    slurm("python", f"trap '{ending}' TERM; touch \"$STATE/running\"; while true; do sleep 0.05; done")
+    slurm("squeue", f"echo {job_state}")
+    # A process that a second SIGTERM would end at once.
+    process = (
+        f'trap \'trap "exit 1" TERM; {ending}\' TERM; touch "$STATE/running"; while :; do sleep 0.05; done'
+    )
+    slurm("python", process)
     job = submit("c.py", "runs/c", PYTHON="python", SLURM_NTASKS="1")
     while not (tmp_path / "running").exists():
         time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=20) == status
-    assert slurm.calls()[3:] == ["scancel --signal=TERM 7", *["scontrol requeue 7"] * requeued]
+    for name in signals:
+        if name == "TERM":  # SLURM sends it to every process of the job
+            os.kill(int((tmp_path / "tasks").read_text()), signal.SIGTERM)
+        job.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.1)
+    assert job.wait(timeout=20) == (0 if ending == "exit 0" else 143)
+    assert slurm.calls()[-1] == last_call
+    assert slurm.calls().count("scancel --signal=TERM 7") == ("USR1" in signals)
 
 
 def test_a_slurm_job_that_fails_is_not_queued_again(slurm):
