@@ -9,7 +9,7 @@ config_parts = $(subst :, ,$(CONFIG))
 WORKDIR ?= runs/$(basename $(notdir $(word 1,$(config_parts))))$(addprefix -,$(word 2,$(config_parts)))
 ARGS ?=
 
-.PHONY: train test test-all lint bench lock clean
+.PHONY: train test test-all stress lint bench lock clean
 
 # One stamp for each set of extras, so that `make test` adds what `make train` did not need.
 comma := ,
@@ -23,6 +23,10 @@ test: $(call installed,$(EXTRAS))
 
 test-all: $(call installed,$(EXTRAS))
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+# Hours on 2 cores; ARGS="--kills 10 --families lff lp_ft" for less.
+stress: $(call installed,$(EXTRAS))
+	.venv/bin/python -m tests.stress $(ARGS)
 
 lint: $(call installed,$(EXTRAS))
 	.venv/bin/ruff check .

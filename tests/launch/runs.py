@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxlab.train import writers
 from launch import train
@@ -77,6 +78,15 @@ def start(config, workdir, *overrides, env=None):
     )
 
 
+def end_or_kill(process, seconds):
+    """Waits so long for a process to end, then sends it SIGKILL; returns its output and its errors."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
+
+
 def run(config, workdir, *overrides):
     """In this process; returns the exit status."""
     return train.main(command(config, workdir, *overrides)[3:])
@@ -98,6 +108,29 @@ def final_state(workdir):
     from jaxlab import experiment
 
     return jax.device_get(experiment.load(workdir).state)
+
+
+def differing(workdir, undisturbed):
+    """The files of a run, all its stages, and the final states that are not to the bit those of another."""
+    logs = sorted(undisturbed.rglob("metrics.jsonl"))
+    found = []
+    for path in [*logs, *sorted(undisturbed.rglob("result.json"))]:
+        name = path.relative_to(undisturbed)
+        if not (workdir / name).exists() or (workdir / name).read_bytes() != path.read_bytes():
+            found.append(str(name))
+    for log in logs:
+        stage = log.parent.relative_to(undisturbed)
+        if _final_bits(workdir / stage) != _final_bits(undisturbed / stage):
+            found.append(str(stage / "checkpoints"))
+    return found
+
+
+def _final_bits(workdir):
+    """The step of the newest checkpoint, and the bits of its state."""
+    from jaxlab import experiment
+
+    loaded = experiment.load(workdir)
+    return loaded.step, [np.asarray(x).tobytes() for x in jax.tree.leaves(loaded.state)]
 
 
 def lines(workdir):

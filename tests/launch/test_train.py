@@ -12,6 +12,7 @@ import pytest
 
 from jaxlab import experiment
 from jaxlab.core import UserError
+from tests import stress
 from tests.launch import runs
 
 
@@ -73,12 +74,8 @@ def kill_until_done(config, workdir, kills, seed, *overrides):
     rng = np.random.default_rng(seed)
     for _ in range(kills):
         process = runs.start(config, workdir, *overrides)
-        try:
-            process.communicate(timeout=rng.uniform(2.5, 9.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        else:
+        runs.end_or_kill(process, rng.uniform(2.5, 9.0))
+        if process.returncode != -signal.SIGKILL:
             break
     process = runs.start(config, workdir, *overrides)
     output, error = process.communicate()
@@ -106,10 +103,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, kills,
     undisturbed = runs.start(config, tmp_path / "undisturbed", *overrides)
     kill_until_done(config, tmp_path / "killed", kills, 0, *overrides)
     undisturbed.communicate()
-    assert runs.lines(tmp_path / "killed") == runs.lines(tmp_path / "undisturbed")
-    assert runs.result(tmp_path / "killed") == runs.result(tmp_path / "undisturbed")
-    states = [runs.final_state(tmp_path / name) for name in ("killed", "undisturbed")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert runs.differing(tmp_path / "killed", tmp_path / "undisturbed") == []
 
 
 def test_a_half_written_line_of_a_killed_run_is_written_again(finished, tmp_path):
@@ -124,16 +118,27 @@ def test_a_half_written_line_of_a_killed_run_is_written_again(finished, tmp_path
     assert runs.result(tmp_path) == runs.result(undisturbed)
 
 
-def test_a_damaged_newest_checkpoint_costs_only_time(finished, tmp_path, caplog):
+def test_what_differs_from_an_undisturbed_run_is_found(finished, tmp_path):
+    _, undisturbed = finished
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    assert runs.differing(tmp_path, undisturbed) == []
+    for name in ("metrics.jsonl", "result.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("1", "2"))
+    shutil.rmtree(tmp_path / "checkpoints" / "40")
+    assert runs.differing(tmp_path, undisturbed) == ["metrics.jsonl", "result.json", "checkpoints"]
+
+
+@pytest.mark.parametrize("kind", stress.DAMAGES)
+def test_a_damaged_newest_checkpoint_costs_only_time(finished, tmp_path, kind):
     config, undisturbed = finished
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    assert stress.in_use(str(config), tmp_path) == []
     (tmp_path / "result.json").unlink()
-    for path in (tmp_path / "checkpoints" / "40").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:10])
+    damaged = stress.damage(kind, stress.in_use(str(config), tmp_path), np.random.default_rng(0))
+    assert damaged == tmp_path / "checkpoints" / "40"
     assert runs.run(config, tmp_path) == 0
-    assert runs.lines(tmp_path) == runs.lines(undisturbed)
-    assert runs.result(tmp_path) == runs.result(undisturbed)
+    assert (tmp_path / "checkpoints.unreadable" / "40-0").exists()
+    assert runs.differing(tmp_path, undisturbed) == []
 
 
 def test_a_checkpoint_of_eight_devices_resumes_on_one_and_on_two(finished, tmp_path, monkeypatch):

@@ -1,0 +1,209 @@
+"""Kills runs with SIGKILL at random moments, damages their checkpoints, and compares them to the bit.
+
+  make stress                                                 every family, both streams, 100 kills
+  python -m tests.stress --kills 10 --families lff lp_ft --streams host --seed 1
+
+Each case is a family of `tests/stress_config.py` and a stream. It is run undisturbed, then with kills: a quarter
+at a random time of the start-up, the others shortly after a random number of further lines of metrics.jsonl, so
+that they spread over the run on any machine. Where it ends before all of its kills have come, it is run anew.
+Every third kill damages a checkpoint too, of those that a restart may read: that of a finished stage from
+which no other starts is never read again. Exit status 0 if every run ended with the same metrics.jsonl,
+result.json and final states as the undisturbed one, 1 if one did not.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jaxlab import config as configs
+from jaxlab import experiment
+from tests.launch import runs
+from tests.stress_config import FAMILIES
+
+DAMAGES = ("truncate", "zero", "delete", "swap")
+LOGGED = re.compile(r"(\S+  step \d+)/\d+  ")
+HANGS = 1800  # seconds, many times what a run takes
+
+
+class Outcome(NamedTuple):
+    """What became of a case; `repeated` steps were trained more than once, by the lines of the log."""
+
+    runs: int
+    kills: int
+    damages: int
+    repeated: int
+    failures: list[str]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kills", type=int, default=100, help="over all cases (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and damages (0)")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="FAMILY")
+    parser.add_argument("--streams", nargs="+", choices=("device", "host"), default=("device", "host"))
+    arguments = parser.parse_args(argv)
+    cases = list(itertools.product(arguments.families, arguments.streams))
+    if ("in_context", "host") in cases:  # its prompts are generated on the device
+        cases.remove(("in_context", "host"))
+    rng = np.random.default_rng(arguments.seed)
+    numbers = np.array_split(range(arguments.kills), len(cases))
+    outcomes = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with tempfile.TemporaryDirectory(prefix="jaxlab-stress-") as folder, Progress(*columns) as progress:
+        # Its own, so that the first runs compile and the kills find what they left half written.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+        task = progress.add_task("", total=arguments.kills)
+
+        def tell(line):
+            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            progress.advance(task)
+
+        for case, kills in zip(cases, numbers):
+            progress.update(task, description=" ".join(case))
+            outcomes[case] = attack(*case, kills.tolist(), rng, Path(folder) / "-".join(case), tell)
+        progress.console.print(table(outcomes))
+    return int(any(outcome.failures for outcome in outcomes.values()))
+
+
+def attack(family, where, kills, rng, folder, tell):
+    """Runs a case undisturbed, then with kills of these numbers, and compares."""
+    config = f"{runs.ROOT / 'tests' / 'stress_config.py'}:{family},{where}"
+    undisturbed = folder / "undisturbed"
+    began = time.monotonic()
+    process = start(config, undisturbed)
+    wait_for_lines(1, undisturbed, process)
+    startup = time.monotonic() - began
+    _, errors = runs.end_or_kill(process, HANGS)
+    if process.returncode:
+        return Outcome(1, 0, 0, 0, [f"undisturbed: {how_it_ended(process, errors)}"])
+    ahead = 2 * lines_written(undisturbed) // max(len(kills), 1)  # in the mean the kills reach the end
+
+    ended = killed = damages = repeated = 0
+    failures, due = [], []
+    while (killed < len(kills) or not ended) and not failures:
+        workdir, logged = folder / f"run-{ended}", []
+        while True:
+            process = start(config, workdir)
+            seconds = HANGS
+            if killed < len(kills):
+                seconds = rng.uniform(0, startup)
+                if rng.random() > 1 / 4:
+                    wait_for_lines(lines_written(workdir) + rng.integers(1, ahead + 2), workdir, process)
+                    seconds /= 10
+            output, errors = runs.end_or_kill(process, seconds)
+            logged += [" ".join(line.split()) for line in LOGGED.findall(output)]
+            if process.returncode != -signal.SIGKILL or killed == len(kills):
+                break
+            number = kills[killed]
+            killed += 1
+            if number % 3 == 2:
+                due.append(DAMAGES[number // 3 % len(DAMAGES)])
+            line = f"{family} {where}: kill {number + 1} at {logged[-1] if logged else 'no step'}"
+            if due and (damaged := damage(due[0], in_use(config, workdir), rng)):
+                line += f", {due.pop(0)} {damaged.relative_to(workdir)}"
+                damages += 1
+            tell(line)
+        ended += 1
+        if process.returncode:
+            failures.append(how_it_ended(process, errors))
+            continue
+        failures += runs.differing(workdir, undisturbed)
+        kept = sum(path.read_text().count('"split": "train"') for path in workdir.rglob("metrics.jsonl"))
+        repeated += (len(logged) - kept) * experiment.load_config(config)["log_every"]
+    return Outcome(ended, killed, damages, repeated, failures)
+
+
+def start(config, workdir):
+    # Unbuffered, or the lines that a killed run has written would be lost.
+    return runs.start(config, workdir, env=runs.environment(PYTHONUNBUFFERED="1"))
+
+
+def wait_for_lines(number, workdir, process):
+    """Returns once a run has written so many lines of metrics, or has ended, or hangs."""
+    began = time.monotonic()
+    while process.poll() is None and lines_written(workdir) < number and time.monotonic() < began + HANGS:
+        time.sleep(0.02)
+
+
+def lines_written(workdir):
+    logs = [*workdir.glob("metrics.jsonl"), *workdir.glob("*/metrics.jsonl")]  # of the run, or of its stages
+    return sum(path.read_bytes().count(b"\n") for path in logs)
+
+
+def how_it_ended(process, errors):
+    if process.returncode == -signal.SIGKILL:
+        return f"did not end in {HANGS} s"
+    return f"exit status {process.returncode}: {(errors.strip() or 'no error').splitlines()[-1]}"
+
+
+def in_use(config, workdir):
+    """The checkpoints that a restart may read, those of each stage in order."""
+    whole = experiment.load_config(config)
+    stages = configs.stage_configs(whole) or {"": whole}
+    unfinished = [name for name in stages if experiment.read_result(workdir / name) is None]
+    sources = {s for name in unfinished for s in configs.settings_of(stages[name]).sources.values()}
+    found = [
+        [path for path in (workdir / name / "checkpoints").glob("*") if path.name.isdigit()]
+        for name in stages
+        if name in unfinished or name in sources
+    ]
+    found = [sorted(checkpoints, key=lambda path: int(path.name)) for checkpoints in found]
+    return [checkpoints for checkpoints in found if checkpoints]
+
+
+def damage(kind, stages, rng):
+    """Damages the newest checkpoint of a stage, in some or all of its files; returns it, or None if there is none.
+
+    Args:
+      kind: one of DAMAGES.
+      stages: the checkpoints of each stage.
+      rng: chooses the stage and the files.
+    """
+    stages = [checkpoints for checkpoints in stages if len(checkpoints) > (kind == "swap")]
+    if not stages:
+        return None
+    *others, newest = stages[rng.integers(len(stages))]
+    if kind == "swap":
+        aside = newest.with_name("aside")
+        newest.rename(aside)
+        others[-1].rename(newest)
+        aside.rename(others[-1])
+        return newest
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    for path in rng.choice(files, rng.integers(1, len(files) + 1), replace=False):
+        if kind == "truncate":
+            os.truncate(path, rng.integers(path.stat().st_size + 1))
+        elif kind == "zero":
+            path.write_bytes(bytes(path.stat().st_size))
+        else:
+            path.unlink()
+    return newest
+
+
+def table(outcomes):
+    shown = Table("family", "stream", "runs", "kills", "damaged", "steps repeated", "same bits")
+    for case, (*counts, failures) in outcomes.items():
+        shown.add_row(*case, *map(str, counts), "; ".join(failures) or "yes")
+    totals = [sum(outcome[i] for outcome in outcomes.values()) for i in range(4)]
+    shown.add_section()
+    shown.add_row("all", "", *map(str, totals), "no" if any(o.failures for o in outcomes.values()) else "yes")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
