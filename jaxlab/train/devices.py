@@ -44,7 +44,13 @@ def initialize_hosts() -> None:
     else:
         return
     relay_stderr()
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"environment: it does not say where the other processes are ({error}); under SLURM start it"
+            " with srun, elsewhere set COORDINATOR_ADDRESS=host:port, NUM_PROCESSES and PROCESS_ID=0, 1, ..."
+        ) from error
 
 
 def _on_tpu() -> bool:

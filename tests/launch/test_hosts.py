@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.train import lost_hosts
+from jaxlab.core import UserError
+from jaxlab.train import devices, lost_hosts
 from tests.launch import runs
 
 LOST = (
@@ -50,6 +51,12 @@ def start_processes(count, config, workdir, *overrides, port=None):
     ]
 
 
+def wait_for(path, processes):
+    while not path.exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
 def assert_close(workdir, other):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
@@ -77,8 +84,7 @@ def test_where_one_process_is_killed_the_others_say_so_and_the_same_command_goes
     config = runs.write_config(tmp_path)
     port = free_port()
     processes = start_processes(count, config, tmp_path / "killed", *LONG, port=port)
-    while not (tmp_path / "killed" / "checkpoints" / "1000").exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / "killed" / "checkpoints" / "1000", processes)
     processes.pop(victim).kill()
     end = time.monotonic() + 60
     for process in processes:
@@ -110,6 +116,25 @@ def test_only_what_jax_says_of_a_lost_process_becomes_one_line():
     assert passed_on(never).startswith(b"error: another process of this run did not come; start the same")
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"COORDINATOR_ADDRESS": "here", "NUM_PROCESSES": "2", "PROCESS_ID": "0"},
+        {"COORDINATOR_ADDRESS": "here:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"},
+        {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
+    ],
+    ids=["no port", "no such process", "not under srun"],
+)
+def test_an_environment_that_does_not_say_where_the_others_are_is_one_line(monkeypatch, environment):
+    monkeypatch.setattr(devices, "relay_stderr", lambda: None)
+    # It refuses to begin in a process that has used JAX.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="environment: it does not say where .* with srun, elsewhere set"):
+        devices.initialize_hosts()
+
+
 def passed_on(text):
     sink = io.BytesIO()
     lost_hosts.relay(io.BytesIO(text), sink)
@@ -120,8 +145,7 @@ def passed_on(text):
 def test_two_processes_stop_together_on_a_signal_to_one_and_go_on(tmp_path):
     config = runs.write_config(tmp_path)
     processes = start_processes(2, config, tmp_path / "two", *LONG)
-    while not (tmp_path / "two" / "metrics.jsonl").exists():
-        time.sleep(0.1)
+    wait_for(tmp_path / "two" / "metrics.jsonl", processes)
     processes[1].terminate()
     for process in processes:
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
@@ -259,8 +283,7 @@ def test_a_slurm_job_that_is_stopped_checkpoints_and_queues_again(
     )
     slurm("python", process)
     job = submit("c.py", "runs/c", PYTHON="python", SLURM_NTASKS="1")
-    while not (tmp_path / "running").exists():
-        time.sleep(0.02)
+    wait_for(tmp_path / "running", [job])
     for name in signals:
         if name == "TERM":  # SLURM sends it to every process of the job
             os.kill(int((tmp_path / "tasks").read_text()), signal.SIGTERM)
@@ -298,8 +321,7 @@ def test_a_slurm_job_of_two_processes_trains_across_a_preemption_to_the_result_o
         JAX_PLATFORMS="cpu",
     )
     first = submit(*arguments, **environment)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "metrics.jsonl", [first])
     first.send_signal(signal.SIGUSR1)
     _, error = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGTERM, error
