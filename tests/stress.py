@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -60,24 +61,30 @@ def main(argv=None):
     cases = list(itertools.product(arguments.families, arguments.streams))
     if ("in_context", "host") in cases:  # its prompts are generated on the device
         cases.remove(("in_context", "host"))
+    if not cases:
+        parser.error("--streams: in_context has none on the host")
     rng = np.random.default_rng(arguments.seed)
     numbers = np.array_split(range(arguments.kills), len(cases))
     outcomes = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with tempfile.TemporaryDirectory(prefix="jaxlab-stress-") as folder, Progress(*columns) as progress:
-        # Its own, so that the first runs compile and the kills find what they left half written.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+    folder = Path(tempfile.mkdtemp(prefix="jaxlab-stress-"))
+    with Progress(*columns) as progress:
         task = progress.add_task("", total=arguments.kills)
 
-        def tell(line):
+        def tell(line, kills=1):
             progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-            progress.advance(task)
+            progress.advance(task, kills)
 
         for case, kills in zip(cases, numbers):
             progress.update(task, description=" ".join(case))
-            outcomes[case] = attack(*case, kills.tolist(), rng, Path(folder) / "-".join(case), tell)
+            outcomes[case] = attack(*case, kills.tolist(), rng, folder / "-".join(case), tell)
+            tell(f"{' '.join(case)}: {verdict(outcomes[case])}", kills=len(kills) - outcomes[case].kills)
         progress.console.print(table(outcomes))
-    return int(any(outcome.failures for outcome in outcomes.values()))
+    if any(outcome.failures for outcome in outcomes.values()):
+        print(f"the runs are kept in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 def attack(family, where, kills, rng, folder, tell):
@@ -129,8 +136,11 @@ def attack(family, where, kills, rng, folder, tell):
 
 
 def start(config, workdir):
-    # Unbuffered, or the lines that a killed run has written would be lost.
-    return runs.start(config, workdir, env=runs.environment(PYTHONUNBUFFERED="1"))
+    environment = runs.environment(
+        PYTHONUNBUFFERED="1",  # or lines that a killed run has written would be lost
+        JAX_COMPILATION_CACHE_DIR=f"{workdir}.compiled",  # its own: kills come while it is filled too
+    )
+    return runs.start(config, workdir, env=environment)
 
 
 def wait_for_lines(number, workdir, process):
@@ -196,13 +206,17 @@ def damage(kind, stages, rng):
 
 
 def table(outcomes):
-    shown = Table("family", "stream", "runs", "kills", "damaged", "steps repeated", "same bits")
-    for case, (*counts, failures) in outcomes.items():
-        shown.add_row(*case, *map(str, counts), "; ".join(failures) or "yes")
-    totals = [sum(outcome[i] for outcome in outcomes.values()) for i in range(4)]
+    shown = Table("family", "stream", "runs", "kills", "damaged", "steps repeated", "result")
+    for case, outcome in outcomes.items():
+        shown.add_row(*case, *map(str, outcome[:4]), verdict(outcome))
+    *totals, failures = (sum(column, start=type(column[0])()) for column in zip(*outcomes.values()))
     shown.add_section()
-    shown.add_row("all", "", *map(str, totals), "no" if any(o.failures for o in outcomes.values()) else "yes")
+    shown.add_row("all", "", *map(str, totals), "differences" if failures else "same bits")
     return shown
+
+
+def verdict(outcome):
+    return "; ".join(outcome.failures) or "same bits"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlab.core import UserError
 from jaxlab.train import writers
 from launch import train
 
@@ -111,7 +112,7 @@ def final_state(workdir):
 
 
 def differing(workdir, undisturbed):
-    """The files of a run, all its stages, and the final states that are not to the bit those of another."""
+    """What of a run, of all its stages, is not to the bit as in another: its files and final states."""
     logs = sorted(undisturbed.rglob("metrics.jsonl"))
     found = []
     for path in [*logs, *sorted(undisturbed.rglob("result.json"))]:
@@ -126,10 +127,13 @@ def differing(workdir, undisturbed):
 
 
 def _final_bits(workdir):
-    """The step of the newest checkpoint, and the bits of its state."""
+    """The step of the newest checkpoint that can be read, and the bits of its state."""
     from jaxlab import experiment
 
-    loaded = experiment.load(workdir)
+    try:
+        loaded = experiment.load(workdir)
+    except UserError as error:
+        return str(error)
     return loaded.step, [np.asarray(x).tobytes() for x in jax.tree.leaves(loaded.state)]
 
 
