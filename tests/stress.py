@@ -98,7 +98,9 @@ def attack(family, where, kills, rng, folder, tell):
     _, errors = runs.end_or_kill(process, HANGS)
     if process.returncode:
         return Outcome(1, 0, 0, 0, [f"undisturbed: {how_it_ended(process, errors)}"])
-    ahead = 2 * lines_written(undisturbed) // max(len(kills), 1)  # in the mean the kills reach the end
+    lines = lines_written(undisturbed)
+    pace = (time.monotonic() - began - startup) / lines
+    ahead = 2 * lines // max(len(kills), 1)  # in the mean the kills reach the end
 
     ended = killed = damages = repeated = 0
     failures, due = [], []
@@ -106,12 +108,13 @@ def attack(family, where, kills, rng, folder, tell):
         workdir, logged = folder / f"run-{ended}", []
         while True:
             process = start(config, workdir)
-            seconds = HANGS
-            if killed < len(kills):
+            if killed == len(kills):
+                seconds = HANGS
+            elif rng.random() < 1 / 4:
                 seconds = rng.uniform(0, startup)
-                if rng.random() > 1 / 4:
-                    wait_for_lines(lines_written(workdir) + rng.integers(1, ahead + 2), workdir, process)
-                    seconds /= 10
+            else:
+                wait_for_lines(lines_written(workdir) + rng.integers(1, ahead + 2), workdir, process)
+                seconds = rng.uniform(0, 2 * pace)
             output, errors = runs.end_or_kill(process, seconds)
             logged += [" ".join(line.split()) for line in LOGGED.findall(output)]
             if process.returncode != -signal.SIGKILL or killed == len(kills):
@@ -130,8 +133,8 @@ def attack(family, where, kills, rng, folder, tell):
             failures.append(how_it_ended(process, errors))
             continue
         failures += runs.differing(workdir, undisturbed)
-        kept = sum(path.read_text().count('"split": "train"') for path in workdir.rglob("metrics.jsonl"))
-        repeated += (len(logged) - kept) * experiment.load_config(config)["log_every"]
+        needed = sum(path.read_text().count('"split": "train"') for path in workdir.rglob("metrics.jsonl"))
+        repeated += (len(logged) - needed) * experiment.load_config(config)["log_every"]
     return Outcome(ended, killed, damages, repeated, failures)
 
 
