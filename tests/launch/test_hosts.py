@@ -75,7 +75,12 @@ def test_several_processes_train_to_the_result_of_one(tmp_path, count):
     assert_close(tmp_path / "several" / "tuned", tmp_path / "one" / "tuned")
 
 
-LONG = ("--config.steps=3000", "--config.log_every=100", "--config.checkpoint_every=1000")
+LONG = (
+    "--config.steps=3000",
+    "--config.log_every=100",
+    "--config.eval_every=1000",
+    "--config.checkpoint_every=1000",
+)
 
 
 @pytest.mark.slow
