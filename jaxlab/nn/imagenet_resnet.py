@@ -12,15 +12,13 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import variance_scaling
 
 from jaxlab.core import Network, Outputs
-from jaxlab.nn.layers import classify
+from jaxlab.nn.layers import HE_NORMAL_FAN_OUT, classify
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.normalization import BatchNorm, NormActivation, sow_activations
 from jaxlab.nn.resnet import BasicBlock
 
-_CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
 _WIDTHS = (64, 128, 256, 512)
 _BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
@@ -34,7 +32,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_CONV_INIT)
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=HE_NORMAL_FAN_OUT)
         norm_relu = functools.partial(NormActivation, activation=jax.nn.relu, order="convention")
         h = norm_relu(name="norm1")(conv(self.features, (1, 1), name="conv1")(x), train=train)
         h = conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv2")(h)
@@ -71,7 +69,7 @@ class ImageNetResNet(nn.Module):
                 order="convention",
                 activation=jax.nn.relu,
                 use_bias=False,
-                kernel_init=_CONV_INIT,
+                kernel_init=HE_NORMAL_FAN_OUT,
                 dtype=self.dtype,
             )
         batch_statistics = train and not self.freeze_batch_norm
@@ -82,7 +80,7 @@ class ImageNetResNet(nn.Module):
             padding=3,
             use_bias=False,
             dtype=self.dtype,
-            kernel_init=_CONV_INIT,
+            kernel_init=HE_NORMAL_FAN_OUT,
             name="stem",
         )
         norm_relu = NormActivation(activation=jax.nn.relu, order="convention", name="stem_norm")

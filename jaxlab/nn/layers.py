@@ -11,6 +11,8 @@ from jaxlab.core import Outputs
 FAN_IN_UNIFORM: Initializer = variance_scaling(1 / 3, "fan_in", "uniform")
 # He et al., arXiv 1502.01852, equation 10; not truncated, as JAX's own `he_normal` is.
 HE_NORMAL: Initializer = variance_scaling(2.0, "fan_in", "normal")
+# The same by what leaves a layer: N(0, 2 / (k·k·out)), with which many networks for small images start.
+HE_NORMAL_FAN_OUT: Initializer = variance_scaling(2.0, "fan_out", "normal")
 
 
 def symmetric_uniform(bound: float) -> Initializer:

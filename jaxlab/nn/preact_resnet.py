@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxlab.core import Network, Outputs
 from jaxlab.nn import activations
 from jaxlab.nn.activations import Activation
-from jaxlab.nn.layers import classify
+from jaxlab.nn.layers import HE_NORMAL_FAN_OUT, classify
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.normalization import NormActivation, Order, needs_bias
 from jaxlab.nn.resnet import LAYOUTS, Layout
-from jaxlab.nn.wide_resnet import CONV_INIT, WideBlock
+from jaxlab.nn.wide_resnet import WideBlock
 
 
 class PreActResNet(nn.Module):
@@ -42,7 +42,7 @@ class PreActResNet(nn.Module):
             padding=1,
             use_bias=use_bias,
             dtype=self.dtype,
-            kernel_init=CONV_INIT,
+            kernel_init=HE_NORMAL_FAN_OUT,
             name="stem",
         )
         x = stem(inputs.astype(self.dtype))

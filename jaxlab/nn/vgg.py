@@ -11,17 +11,15 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer, variance_scaling
+from jax.nn.initializers import Initializer
 
 from jaxlab.core import Network, Outputs, UserError
 from jaxlab.core.errors import nearest
 from jaxlab.nn import activations
 from jaxlab.nn.activations import Activation, submodule
-from jaxlab.nn.layers import classify
+from jaxlab.nn.layers import HE_NORMAL_FAN_OUT, classify
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.normalization import NormActivation, Order, needs_bias, sow_activations
-
-_CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
 
 # Channels of the convolutions; "M" is a 2×2 max pooling. The paper's columns A, B, D and E.
 LAYOUTS: dict[str, tuple[int | str, ...]] = {
@@ -52,7 +50,7 @@ class ConvNormAct(nn.Module):
     activation: str | Activation = "relu"
     use_bias: bool | None = None
     norm: Literal["batch_norm"] | None = "batch_norm"
-    kernel_init: Initializer = _CONV_INIT
+    kernel_init: Initializer = HE_NORMAL_FAN_OUT
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -11,16 +11,13 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import variance_scaling
 
 from jaxlab.core import Network, Outputs, UserError
 from jaxlab.nn import activations
 from jaxlab.nn.activations import Activation
-from jaxlab.nn.layers import classify
+from jaxlab.nn.layers import HE_NORMAL_FAN_OUT, classify
 from jaxlab.nn.linen import from_linen
 from jaxlab.nn.normalization import NormActivation, Order, needs_bias
-
-CONV_INIT = variance_scaling(2.0, "fan_out", "normal")  # N(0, 2 / (k·k·out))
 
 
 class WideBlock(nn.Module):
@@ -37,7 +34,7 @@ class WideBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(
-            nn.Conv, self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=CONV_INIT
+            nn.Conv, self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=HE_NORMAL_FAN_OUT
         )
         pair = functools.partial(NormActivation, activation=self.activation, order=self.order)
         activated = pair(name="norm1")(x, train=train)
@@ -72,7 +69,7 @@ class WideResNet(nn.Module):
             padding=1,
             use_bias=self.use_bias,
             dtype=self.dtype,
-            kernel_init=CONV_INIT,
+            kernel_init=HE_NORMAL_FAN_OUT,
             name="stem",
         )
         x = stem(inputs.astype(self.dtype))
