@@ -2,6 +2,7 @@
 
   python -m launch.benchmark configs/ood_detection/digits.py
   python -m launch.benchmark configs/ood_detection/digits.py:paper --stage energy --against torch
+  python -m launch.benchmark configs/speed/standard.py:lff configs/speed/standard.py:lff,8 --against both
   python -m launch.benchmark configs/ood_detection/fashion_mnist.py --scores --against torch
 
 Each program has a process of its own, and they take turns, round after round, so that a machine that is
@@ -44,6 +45,9 @@ from launch.worker import Worker, read_task, spell, spread, torch_device
 
 OURS = ("-c", "from launch.benchmark import serve; serve()")
 TORCH = ("-m", "third_party.torch_counterparts")
+# The programs of PyTorch, and whether `torch.compile` compiles their networks.
+COUNTERPARTS = {"torch": {"torch": False}, "torch.compile": {"torch_compile": True}}
+COUNTERPARTS["both"] = COUNTERPARTS["torch"] | COUNTERPARTS["torch.compile"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("configs", metavar="CONFIG[:SIZE]", nargs="+", help="config file; sizes: cpu, paper")
-    parser.add_argument("--against", choices=["torch"], help="measure the plain PyTorch counterpart too")
+    parser.add_argument(
+        "--against", choices=list(COUNTERPARTS), help="measure the plain PyTorch counterpart too"
+    )
     parser.add_argument("--stage", metavar="NAME", help="only this stage; default: each of a config's stages")
     parser.add_argument(
         "--scores", action="store_true", help="out-of-distribution scores instead of training steps"
@@ -66,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="write every figure there")
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.scores and arguments.against not in (None, "torch"):
+        raise UserError(f"--against {arguments.against}: scores are measured against torch only.")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: expected 1 or more.")
     if not 0 < arguments.seconds < float("inf"):
@@ -121,7 +129,7 @@ def measure(
     Args:
       config: of the experiment or stage, checked.
       stage: its name, for messages.
-      against: "torch", or None for our program alone.
+      against: a key of COUNTERPARTS, or None for our program alone.
       rounds: how often each program runs.
       seconds: the least length of a round.
       show: `show(rounds_done, what_runs)`.
@@ -129,18 +137,18 @@ def measure(
     Returns:
       What may be written as JSON; `steps_per_second` and the like are {"median", "min", "max", "values"}
       over the rounds. FLOPs are XLA's count for the step as it is traced, an estimate: a loop's body
-      counts once. `flop_share` is that over what a large matrix product reached in the same round.
+      counts once. `flop_share` is that over what a large matrix product reached in the same round, a
+      counterpart's `ratio` our steps/s over its own; None stands for a counterpart that was not measured.
       `memory_bytes` is the peak of the process (None where the system does not tell), `device_bytes` that
       of the fullest accelerator (None for CPUs), both after the first round.
     """
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Worker(OURS, {"config": config, "stage": stage}))
         programs, missing = {"ours": ours}, None
-        if against == "torch":
+        if against is not None:
             backend = ours.about["environment"]["backend"]
-            theirs, missing = _start_torch(config, backend, stack)
-            if theirs is not None:
-                programs["torch"] = theirs
+            counterparts, missing = _start_torch(config, COUNTERPARTS[against], backend, stack)
+            programs |= counterparts
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
         memory, products = {}, []
         for i in range(rounds):
@@ -157,9 +165,8 @@ def measure(
         "rounds": rounds,
         "flops_per_step": flops,
         "product_flops_per_second": spread(products),
-        "torch": None,
-        "ratio": None,
         "missing": missing,
+        **dict.fromkeys(COUNTERPARTS["both"]),
     }
     for name, worker in programs.items():
         figures[name] = {
@@ -171,8 +178,8 @@ def measure(
             "memory_bytes": memory[name],
             "device_bytes": answers[name][0]["device_bytes"],
         }
-    if "torch" in programs:
-        figures["ratio"] = spread(rates["ours"] / rates["torch"])
+        if name != "ours":
+            figures[name]["ratio"] = spread(rates["ours"] / rates[name])
     return figures
 
 
@@ -275,17 +282,20 @@ def _device_memory(mesh: Mesh) -> int | None:
 
 
 def _start_torch(
-    config: Mapping[str, Any], backend: str, stack: contextlib.ExitStack
-) -> tuple[Worker | None, str | None]:
-    """Starts the counterpart, or says why there is none."""
+    config: Mapping[str, Any], counterparts: Mapping[str, bool], backend: str, stack: contextlib.ExitStack
+) -> tuple[dict[str, Worker], str | None]:
+    """Starts the counterparts, or says why there are none."""
     device, missing = torch_device(backend)
     if device is None:
-        return None, missing
+        return {}, missing
+    workers = {}
     with tempfile.TemporaryDirectory() as folder:
         data = _save_datasets(config["data"], config["data_dir"] or None, Path(folder))
-        task = {"config": {**config, "data": data}, "device": device}
-        worker = stack.enter_context(Worker(TORCH, task))
-    return (None, worker.about["missing"]) if "missing" in worker.about else (worker, None)
+        for name, compiled in counterparts.items():
+            task = {"config": {**config, "data": data}, "device": device, "compile": compiled}
+            workers[name] = stack.enter_context(Worker(TORCH, task))
+    missing = [worker.about["missing"] for worker in workers.values() if "missing" in worker.about]
+    return ({}, missing[0]) if missing else (workers, None)
 
 
 def _save_datasets(section: Mapping[str, Any], data_dir: str | None, folder: Path) -> dict[str, Any]:
@@ -334,7 +344,7 @@ def _print(console: Console, benchmarks: Sequence[tuple[str, Mapping[str, Any]]]
         )
         for head in heads:
             table.add_column(head.replace(" ", "\n"), justify="right" if head else "left")
-        for program in ("ours", "torch"):
+        for program in ("ours", *COUNTERPARTS["both"]):
             if benchmark[program]:
                 table.add_row(*(Text(cell.replace(" ", between)) for cell in _row(benchmark, program)))
         console.print(table)
@@ -342,11 +352,13 @@ def _print(console: Console, benchmarks: Sequence[tuple[str, Mapping[str, Any]]]
             console.print(Text(f"not measured against torch: {benchmark['missing']}\n"), soft_wrap=True)
     _, first = benchmarks[0]
     versions = [f"jax {first['ours']['environment']['jax']}"]
-    versions += [f"torch {b['torch']['environment']['torch']}" for _, b in benchmarks if b["torch"]][:1]
+    torch = [b[name] for _, b in benchmarks for name in COUNTERPARTS["both"] if b[name]]
+    versions += [f"torch {program['environment']['torch']}" for program in torch[:1]]
     console.print(
         f"{', '.join(versions)} on {first['ours']['environment']['device']}; a large float32 matrix product"
         f" reaches {first['product_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s. Medians of"
-        f" {first['rounds']} rounds [lowest–highest]; ratio is ours / torch; FLOPs are XLA's estimate.",
+        f" {first['rounds']} rounds [lowest–highest]; ratio is our steps/s over theirs; FLOPs are XLA's"
+        " estimate.",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -354,17 +366,17 @@ def _print(console: Console, benchmarks: Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def _row(benchmark: Mapping[str, Any], program: str) -> tuple[str, ...]:
-    figures, ours = benchmark[program], program == "ours"
+    figures = benchmark[program]
     memory = figures["device_bytes"] or figures["memory_bytes"]
     return (
-        program,
-        f"{figures['compile_seconds']:.2f}" if ours else "",
+        program.replace("_", "."),
+        f"{figures['compile_seconds']:.2f}" if figures["compile_seconds"] is not None else "",
         spell(figures["steps_per_second"]),
         f"{figures['examples_per_second']['median']:,.0f}",
         f"{1e3 * figures['seconds_per_step_and_seed']['median']:.3g}",
         f"{memory / 1e6:,.0f}" if memory else "",
         f"{figures['flop_share']['median']:.1%}" if figures["flop_share"] else "",
-        spell(benchmark["ratio"]) if ours and benchmark["ratio"] else "",
+        spell(figures["ratio"]) if "ratio" in figures else "",
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs.debiasing.methods import METHODS
+from configs.speed.standard import PROGRAMS
 from jaxlab import config as configs
 from jaxlab import experiment
 from jaxlab.core import UserError
@@ -23,6 +24,7 @@ ACTIVATION_ASYMMETRY = CONFIG_FOLDER / "activation_asymmetry"
 DOMAIN_GENERALIZATION = CONFIG_FOLDER / "domain_generalization"
 OOD_DETECTION = [CONFIG_FOLDER / "ood_detection" / name for name in ("fashion_mnist.py", "cifar.py")]
 TRANSFER = [CONFIG_FOLDER / "transfer" / name for name in ("fashion_mnist.py", "image_benchmarks.py")]
+SPEED = CONFIG_FOLDER / "speed"
 ONE_DEVICE = {"seeds": "1", "devices.data": "1"}
 
 
@@ -57,7 +59,7 @@ def offline(data_dir, monkeypatch):
     [
         p
         for p in CONFIGS
-        if p.parent not in (ACTIVATION_ASYMMETRY, DEBIASING, DOMAIN_GENERALIZATION)
+        if p.parent not in (ACTIVATION_ASYMMETRY, DEBIASING, DOMAIN_GENERALIZATION, SPEED)
         and p not in (*OOD_DETECTION, *TRANSFER)
     ],
     ids=lambda p: f"{p.parent.name}/{p.stem}",
@@ -69,6 +71,14 @@ def test_a_config_builds(path, size):
         shapes = experiment.build_program(parts, experiment.build_mesh(parts.settings)).abstract()
         assert shapes.state.variables["params"]
         assert set(shapes.metric_sums) >= {"loss"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_of_the_benchmark_fits(program):
+    config = experiment.load_config(f"{SPEED}/standard.py:{program},2", {"devices.data": "1"})
+    assert config["seeds"] == 2
+    parts = experiment.build_parts(config)
+    check_fit(parts.make_method, parts.stream)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxlab.core import Batch, Method, State, Stream, UserError
 from jaxlab.train import devices
+from jaxlab.train.filter_gradients import with_fast_filter_gradients
 
 # Builds the method: given None as a run uses it, given the variables that an earlier stage handed over to
 # a replica so that `init` starts from them.
@@ -191,7 +192,9 @@ def make_program(
         block == 1 or (on_cpu and (convolves or largest_product > LARGE_PRODUCT))
     )
     if in_turn:
-        one_step, step_constants = _hoist_constants(train_step, *one_example)
+        # Not where a batch is split: the products go through it part by part.
+        exchange = on_cpu and mesh.shape[devices.DATA] == 1
+        one_step, step_constants = _hoist_constants(train_step, *one_example, fast_filter_gradients=exchange)
     else:
         all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0), spmd_axis_name=spmd_axis_name)
         step_example = (replicas, jnp.int32(0), keys_block, batch_block)
@@ -289,16 +292,19 @@ def _typed_leaves(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:
     return [(path, jax.typeof(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _hoist_constants(function: Callable, *example: Any) -> tuple[Callable, list[jax.Array]]:
+def _hoist_constants(
+    function: Callable, *example: Any, fast_filter_gradients: bool = False
+) -> tuple[Callable, list[jax.Array]]:
     """Turns the arrays that `function` closes over (a data set, a frozen teacher) into its first argument.
 
     As constants of a compiled program they would be copied into it, and compiled with it.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*example)
+    jaxpr = with_fast_filter_gradients(closed.jaxpr) if fast_filter_gradients else closed.jaxpr
     structure = jax.tree.structure(shape)
 
     def hoisted(constants: list[jax.Array], *args: Any) -> Any:
-        flat = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
+        flat = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, constants))(*jax.tree.leaves(args))
         return jax.tree.unflatten(structure, flat)
 
     return hoisted, closed.consts

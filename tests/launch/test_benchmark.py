@@ -114,7 +114,7 @@ def test_a_config_that_torch_has_no_counterpart_of_is_measured_alone(toy_file, t
     check_program(figures["ours"], 3, 8, figures["flops_per_step"])
     assert 0 < figures["ours"]["compile_seconds"] < figures["ours"]["start_seconds"]
     assert figures["ours"]["environment"]["backend"] == "cpu"
-    assert figures["torch"] is figures["ratio"] is None
+    assert figures["torch"] is figures["torch_compile"] is None
     reason = "no counterpart of tests.toy:blobs"
     if importlib.util.find_spec("torch") is None:
         reason = "torch is not installed; pip install -e .[torch]"
@@ -133,12 +133,37 @@ def test_torch_is_measured_in_the_same_rounds(stages_file, tmp_path, capsys):
     for program in ("ours", "torch"):
         check_program(figures[program], 2, 8, figures["flops_per_step"])
     rates = [figures[program]["steps_per_second"]["values"] for program in ("ours", "torch")]
-    np.testing.assert_allclose(figures["ratio"]["values"], np.divide(*rates))
+    assert "ratio" not in figures["ours"]
+    assert figures["torch_compile"] is None
+    np.testing.assert_allclose(figures["torch"]["ratio"]["values"], np.divide(*rates))
     np.testing.assert_allclose(
         figures["torch"]["flop_share"]["values"],
         figures["flops_per_step"] * np.divide(rates[1], figures["product_flops_per_second"]["values"]),
     )
     assert "stages_config · erm" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # TorchInductor calls a C++ compiler
+def test_the_compiled_counterpart_is_measured_beside_the_plain_one(stages_file, tmp_path, capsys):
+    pytest.importorskip("torch")
+    (figures,) = measure([stages_file, "--against", "both", "--stage", "erm"], tmp_path)
+    rates = {name: figures[name]["steps_per_second"]["values"] for name in ("ours", "torch", "torch_compile")}
+    for name in ("torch", "torch_compile"):
+        np.testing.assert_allclose(figures[name]["ratio"]["values"], np.divide(rates["ours"], rates[name]))
+    assert figures["torch"]["compile_seconds"] is None
+    assert figures["torch_compile"]["compile_seconds"] > 1
+    assert "torch.compile" in capsys.readouterr().out
+
+
+def test_a_network_to_be_compiled_has_the_parameters_of_the_plain_one():
+    pytest.importorskip("torch")
+    from third_party.torch_counterparts.networks import make_network
+
+    section = dict(name="mlp", num_classes=3, hidden=[4])
+    plain, compiled = (make_network(section | more, (1, 2, 2)) for more in ({}, {"compile": True}))
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    assert plain._compiled_call_impl is None
+    assert compiled._compiled_call_impl is not None
 
 
 def test_the_counterpart_takes_outliers_from_a_stream_of_their_own(stages_file, tmp_path):
@@ -189,8 +214,8 @@ def test_memory_is_that_of_the_worker_and_not_of_the_process_that_started_it():
 
 def test_without_torch_the_way_to_get_it_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    worker, reason = benchmark._start_torch({}, "cpu", None)
-    assert worker is None
+    worker, reason = benchmark._start_torch({}, {"torch": False}, "cpu", None)
+    assert worker == {}
     assert reason == "torch is not installed; pip install -e .[torch]"
 
 
@@ -202,6 +227,7 @@ def test_without_torch_the_way_to_get_it_is_told(monkeypatch):
         (["--stage", "enrgy"], "Did you mean 'energy'?"),
         (["--out", "absent/speed.json"], "no folder absent"),
         (["--round", "2"], "--round: not an option"),
+        (["--scores", "--against", "both"], "--against both: scores are measured against torch only"),
     ],
 )
 def test_bad_arguments_name_the_mend(stages_file, arguments, message):

@@ -1,5 +1,8 @@
 """One program, many seeds, steps and devices: it computes what each seed alone computes on one device."""
 
+import contextlib
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -8,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxlab.core import Method, Stream, UserError
-from jaxlab.train import devices
+from jaxlab.train import devices, loop
 from jaxlab.train import program as train_program
+from jaxlab.train.checkpoints import Checkpoints
 from jaxlab.train.loop import _has_nan
 from jaxlab.train.program import _equations, _hoist_constants, _work, check_fit, replica_keys
 from tests import toy
@@ -75,6 +79,51 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(replicas))
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_call_writes_the_state_where_it_was(seeds):
+    """Whatever is donated and yet not written over is a copy of the state for every call."""
+    program = make(seeds=seeds)
+    replicas, done = program.call(program.init(), 0, 2, None)
+    before = buffers(replicas)
+    replicas, done = program.call(replicas, 2, 2, None)
+    done.block_until_ready()
+    assert buffers(replicas) == before
+
+
+def buffers(replicas):
+    return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(replicas)}
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv_net"])
+def test_between_two_lines_of_the_log_the_host_reads_nothing(network, tmp_path, monkeypatch):
+    """A step that waits for the host, or the host for a step's values, costs every step that time."""
+    reads = []
+    value = type(jnp.zeros(())).__dict__["_value"].fget
+    monkeypatch.setattr(type(jnp.zeros(())), "_value", property(lambda x: reads.append(x.shape) or value(x)))
+    program = make(network=network, seeds=1, log_every=100)
+
+    def steps(count):
+        """How often device arrays are read in a run of so many steps, one line of the log and no more."""
+        checkpoints = Checkpoints(tmp_path / str(count), {"steps": count})
+        options = dict(
+            log_every=100, eval_every=0, checkpoint_every=0, workdir=tmp_path, title="", first_seed=0
+        )
+        reads.clear()
+        with contextlib.closing(checkpoints):
+            loop.train(program._replace(steps_per_call=1), checkpoints, lambda _: {}, steps=count, **options)
+        return len(reads)
+
+    assert 0 < steps(40) == steps(10)
+
+
+def test_no_step_calls_back_to_the_host():
+    """Inside of a compiled step only a callback can sync with it: to read a value is an error of JAX there."""
+    package = Path(train_program.__file__).parents[1]
+    callback = re.compile(r"io_callback|pure_callback|debug\.(print|callback)")
+    found = {path.name for path in package.rglob("*.py") if callback.search(path.read_text())}
+    assert found == {"linear_probe.py"}  # its `init`: scikit-learn fits the probe, once
+
+
 def test_metrics_are_summed_since_the_last_log():
     program = make(log_every=4)
     one_by_one = [run(program, [(0, n)]).metric_sums["loss"] for n in (1, 2, 3, 4, 5, 6)]
@@ -87,6 +136,26 @@ def test_the_first_step_that_is_not_finite_is_remembered_for_its_seed():
     program = make(stream=toy.exploding(BATCH_SIZE, at=5))
     assert set(np.asarray(run(program, [(0, 5)]).bad_step["loss"])) == {-1}
     assert set(np.asarray(run(program, [(0, 9)]).bad_step["loss"])) == {5}
+
+
+def test_steps_with_convolutions_compile_once_and_have_fast_filter_gradients():
+    """The kernel's gradient is no convolution over the whole image, unless the batch is split."""
+    program = make(network="conv_net", seeds=1)
+    replicas = program.init()
+    for step in range(3):
+        replicas, _ = program.call(replicas, step, 1, None)
+    assert program.num_compiled() == 1
+    if jax.default_backend() == "cpu":
+        assert conv_windows(program) < conv_windows(make(network="conv_net", seeds=1, mesh=(1, 2)))
+
+
+def conv_windows(program):
+    """The largest window of a convolution in a call."""
+    closed = jax.make_jaxpr(lambda replicas: program.call(replicas, 0, 1, None))(program.init())
+    windows = [
+        e.invars[1].aval.size for e in _equations(closed.jaxpr) if e.primitive.name == "conv_general_dilated"
+    ]
+    return max(windows)
 
 
 def test_convolutions_are_not_fused_in_a_loop_on_a_cpu():
@@ -221,14 +290,14 @@ def test_whether_seeds_take_turns_depends_on_the_largest_product(large, batch_ax
     products = []
     hoist = train_program._hoist_constants
 
-    def spy(function, *example):
+    def spy(function, *example, **options):
         ranks = {
             e.outvars[0].aval.ndim
             for e in _equations(jax.make_jaxpr(function)(*example).jaxpr)
             if e.primitive.name == "dot_general"
         }
         products.append(ranks)
-        return hoist(function, *example)
+        return hoist(function, *example, **options)
 
     monkeypatch.setattr(train_program, "_hoist_constants", spy)
     monkeypatch.setattr(train_program, "LARGE_PRODUCT", large)

@@ -1,8 +1,9 @@
 """The process that `launch.benchmark` starts for PyTorch: it reads and writes lines of JSON.
 
-The first line in is the task, {"config", "device"}; a reply says what was built, or what has no counterpart.
-Each further line, {"seconds"}, is answered with the steps made in at least that time: {"steps", "seconds",
-"device_bytes"}. A step is one of every seed, one seed after the other, each with a network of its own.
+The first line in is the task, {"config", "device", "compile"}; a reply says what was built, or what has no
+counterpart. Each further line, {"seconds"}, is answered with the steps made in at least that time: {"steps",
+"seconds", "device_bytes"}. A step is one of every seed, one seed after the other, each with a network of its
+own.
 """
 
 import importlib
@@ -29,14 +30,19 @@ def main() -> None:
     task = json.loads(sys.stdin.readline())
     device = task["device"]
     try:
-        step = make_step(task["config"], device)
+        config = task["config"]
+        network = {**config["network"], "compile": task["compile"]}
+        step = make_step({**config, "network": network}, device)
     except NoCounterpart as error:
         reply(missing=str(error))
         return
+    start = time.perf_counter()
     step()
+    first_step = time.perf_counter() - start
     if device == "cpu":
         _choose_threads(step)
-    reply(environment={"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device})
+    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    reply(environment=environment, compile_seconds=first_step if task["compile"] else None)
     for line in sys.stdin:
         limit = json.loads(line)["seconds"]
         steps, start = 0, time.perf_counter()

@@ -31,8 +31,14 @@ _ACTIVATIONS: dict[str, Activation] = {
 def make_network(section: Mapping[str, Any], image_shape: Sequence[int]) -> nn.Module:
     """The module that a network section names, in training mode.
 
-    For images of shape [C, H, W], or prompts of shape [K, d].
+    For images of shape [C, H, W], or prompts of shape [K, d]. With a key `compile` that is true
+    `torch.compile` compiles it, when it is first called.
     """
+    section = dict(section)
+    if section.pop("compile", False):
+        network = make_network(section, image_shape)
+        network.compile()
+        return network
     if section["name"] in _PROMPT_NETWORKS:
         return call(_PROMPT_NETWORKS, section, image_shape)
     keys = {key: value for key, value in section.items() if key not in ("kernel_init", "bias_init")}
