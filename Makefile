@@ -33,8 +33,18 @@ lint: $(call installed,$(EXTRAS))
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 
-bench: $(call installed,$(EXTRAS))
-	.venv/bin/python -m launch.benchmark $(CONFIG) --against torch $(ARGS)
+# The standard set: what PROGRAMS of its file are named here, those of digits' size with eight seeds too.
+standard = $(addprefix configs/speed/standard.py:,lff lff,8 lff_digits lff_digits,8 resnet_18 resnet_20 \
+  wide_resnet in_context_tiny in_context_small irm)
+BENCHMARKS ?= $(standard)
+
+# A quarter of an hour on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
+SCORES ?= configs/ood_detection/digits.py
+bench: $(call installed,torch)
+	mkdir -p runs
+	.venv/bin/python -m launch.benchmark $(BENCHMARKS) --against both --out runs/benchmark.json $(ARGS)
+	$(if $(SCORES),.venv/bin/python -m launch.benchmark $(SCORES) --scores --against torch \
+	  --out runs/benchmark_scores.json)
 
 lock: $(call installed,$(EXTRAS))
 	.venv/bin/pip install -q uv

@@ -103,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 figures = measure(config, stage, seconds=arguments.seconds, **common)
             benchmarks.append({"config": name, "stage": stage, **figures})
             progress.remove_task(task)
-    if arguments.out:
-        content = {"overrides": overrides, "seconds": arguments.seconds, "benchmarks": benchmarks}
-        arguments.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if arguments.out:  # after each, for the whole set takes long
+                content = {"overrides": overrides, "seconds": arguments.seconds, "benchmarks": benchmarks}
+                text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                arguments.out.write_text(text, encoding="utf-8")
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # in a file, lines may be as long as they are

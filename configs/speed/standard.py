@@ -52,6 +52,7 @@ def in_context(model):
         network=experiments.network("gpt", n_positions=101, **experiments.MODELS[model]),
         method=dict(name="in_context.in_context_learning"),
         optimizer=dict(name="adam", learning_rate=1e-4),
+        steps_per_call=5,  # of up to half a second each
     )
 
 
