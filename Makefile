@@ -38,8 +38,9 @@ standard = $(addprefix configs/speed/standard.py:,lff lff,8 lff_digits lff_digit
   wide_resnet in_context_tiny in_context_small irm)
 BENCHMARKS ?= $(standard)
 
+SCORES ?= configs/speed/standard.py:scores
+
 # A quarter of an hour on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
-SCORES ?= configs/ood_detection/digits.py
 bench: $(call installed,torch)
 	mkdir -p runs
 	.venv/bin/python -m launch.benchmark $(BENCHMARKS) --against both --out runs/benchmark.json $(ARGS)

@@ -71,6 +71,22 @@ def irm():
     )
 
 
+def scores():
+    """A network for 14×14 images, and what the post-hoc scores are fitted on and score: for `--scores`."""
+    images = dict(name="noise.images", count=10_000, size=14, channels=1)
+    detection = dict(dataset=images, train=images, ood=dict(others=images | dict(seed=1)))
+    return dict(
+        batch_size=128,
+        data=dict(name="streams.resident", dataset=images, transforms=[STANDARDIZE]),
+        network=dict(name="conv_net", num_classes=10, channels=[16, 32, 64], strides=[1, 2, 2]),
+        method=dict(name="supervised.erm"),
+        optimizer=dict(name="sgd", learning_rate=0.1),
+        evaluators=dict(
+            detection=dict(name="ood_detection.detection", transforms=[STANDARDIZE], **detection)
+        ),
+    )
+
+
 PROGRAMS = {
     "lff": lambda: lff(size=28, batch_size=256),
     "lff_digits": lambda: lff(size=8, batch_size=64),
@@ -80,6 +96,7 @@ PROGRAMS = {
     "in_context_tiny": lambda: in_context("tiny"),
     "in_context_small": lambda: in_context("small"),
     "irm": irm,
+    "scores": scores,
 }
 
 

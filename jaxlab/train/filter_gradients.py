@@ -24,8 +24,13 @@ _POSITIONS = 4096
 
 
 def with_fast_filter_gradients(jaxpr: Any) -> Any:
-    """The same program (a `Jaxpr`), in which `filter_gradient` computes the filter gradients."""
-    return jaxpr.replace(eqns=[_exchange(equation) for equation in jaxpr.eqns])
+    """The same program (a `Jaxpr`), in which `filter_gradient` computes the filter gradients.
+
+    Parts without any are the same objects as before, by which JAX knows that it has compiled them.
+    """
+    equations = [_exchange(equation) for equation in jaxpr.eqns]
+    unchanged = all(after is before for after, before in zip(equations, jaxpr.eqns))
+    return jaxpr if unchanged else jaxpr.replace(eqns=equations)
 
 
 def filter_gradient(
@@ -108,15 +113,18 @@ def _exchange(equation: Any) -> Any:
         (call,) = jax.make_jaxpr(jax.jit(fast))(*shapes).eqns
         return call.replace(invars=equation.invars, outvars=equation.outvars)
     inner = {name: _exchange_inner(value) for name, value in params.items()}
-    return equation.replace(params=inner)
+    unchanged = all(inner[name] is value for name, value in params.items())
+    return equation if unchanged else equation.replace(params=inner)
 
 
 def _exchange_inner(value: Any) -> Any:
     """The same for a parameter of an equation, which may be a program or a tuple of them."""
     if isinstance(value, tuple) and any(hasattr(part, "jaxpr") for part in value):
-        return tuple(_exchange_inner(part) for part in value)
+        parts = tuple(_exchange_inner(part) for part in value)
+        return value if all(after is before for after, before in zip(parts, value)) else parts
     if hasattr(value, "jaxpr"):
-        return value.replace(jaxpr=with_fast_filter_gradients(value.jaxpr))
+        jaxpr = with_fast_filter_gradients(value.jaxpr)
+        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     return with_fast_filter_gradients(value) if hasattr(value, "eqns") else value
 
 

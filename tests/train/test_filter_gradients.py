@@ -94,6 +94,14 @@ def test_gradients_inside_of_loops_and_branches_are_exchanged_too():
     assert_same(train, weight)
 
 
+def test_a_program_without_any_is_the_same_object():
+    def function(x):
+        return jax.lax.cond(x.sum() > 0, jax.jit(jnp.sin), jnp.cos, jax.lax.map(jnp.tanh, x))
+
+    jaxpr = jax.make_jaxpr(function)(draw(3)).jaxpr
+    assert with_fast_filter_gradients(jaxpr) is jaxpr
+
+
 def test_second_derivatives_are_the_same():
     image, weight = draw(2, 5, 5, 2), draw(3, 3, 2, 2)
 
