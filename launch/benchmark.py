@@ -45,7 +45,7 @@ from launch.worker import Worker, read_task, spell, spread, torch_device
 
 OURS = ("-c", "from launch.benchmark import serve; serve()")
 TORCH = ("-m", "third_party.torch_counterparts")
-# The programs of PyTorch, and whether `torch.compile` compiles their networks.
+# What --against may be: the programs of PyTorch, and whether `torch.compile` compiles their networks.
 COUNTERPARTS = {"torch": {"torch": False}, "torch.compile": {"torch_compile": True}}
 COUNTERPARTS["both"] = COUNTERPARTS["torch"] | COUNTERPARTS["torch.compile"]
 
@@ -285,7 +285,7 @@ def _device_memory(mesh: Mesh) -> int | None:
 def _start_torch(
     config: Mapping[str, Any], counterparts: Mapping[str, bool], backend: str, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Worker], str | None]:
-    """Starts the counterparts, or says why there are none."""
+    """Starts the counterparts; says why one is missing."""
     device, missing = torch_device(backend)
     if device is None:
         return {}, missing
@@ -296,7 +296,8 @@ def _start_torch(
             task = {"config": {**config, "data": data}, "device": device, "compile": compiled}
             workers[name] = stack.enter_context(Worker(TORCH, task))
     missing = [worker.about["missing"] for worker in workers.values() if "missing" in worker.about]
-    return ({}, missing[0]) if missing else (workers, None)
+    there = {name: worker for name, worker in workers.items() if "missing" not in worker.about}
+    return there, (missing[0] if missing else None)
 
 
 def _save_datasets(section: Mapping[str, Any], data_dir: str | None, folder: Path) -> dict[str, Any]:

@@ -37,7 +37,13 @@ def main() -> None:
         reply(missing=str(error))
         return
     start = time.perf_counter()
-    step()
+    try:
+        step()
+    except Exception as error:  # of many kinds: TorchInductor wants a C++ compiler that suits it
+        if not task["compile"]:
+            raise
+        reply(missing=f"torch.compile fails: {str(error).partition(chr(10))[0]}")
+        return
     first_step = time.perf_counter() - start
     if device == "cpu":
         _choose_threads(step)
