@@ -24,7 +24,7 @@ test: $(call installed,$(EXTRAS))
 test-all: $(call installed,$(EXTRAS))
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
-# About an hour on 2 cores; ARGS="--kills 10 --families lff lp_ft" for less.
+# Hours on 2 cores; ARGS="--kills 10 --families lff lp_ft" for less.
 stress: $(call installed,$(EXTRAS))
 	.venv/bin/python -m tests.stress $(ARGS)
 
@@ -33,14 +33,13 @@ lint: $(call installed,$(EXTRAS))
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 
-# The standard set: what PROGRAMS of its file are named here, those of digits' size with eight seeds too.
+# The standard set of `make bench`; `,8` is eight seeds.
 standard = $(addprefix configs/speed/standard.py:,lff lff,8 lff_digits lff_digits,8 resnet_18 resnet_20 \
   wide_resnet in_context_tiny in_context_small irm)
 BENCHMARKS ?= $(standard)
-
 SCORES ?= configs/speed/standard.py:scores
 
-# A quarter of an hour on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
+# About 25 minutes on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
 bench: $(call installed,torch)
 	mkdir -p runs
 	.venv/bin/python -m launch.benchmark $(BENCHMARKS) --against both --out runs/benchmark.json $(ARGS)

@@ -14,8 +14,8 @@ from configs.in_context import experiments
 STANDARDIZE = dict(name="transforms.standardize", mean=[0.5], std=[0.25])
 
 
-def noise(**keys):
-    return dict(name="noise.images", count=10_000, **keys)
+def noise(size, channels=3, count=10_000):
+    return dict(name="noise.images", count=count, size=size, channels=channels)
 
 
 def classification(network, batch_size, **sgd):
@@ -63,7 +63,7 @@ def irm():
         batch_size=8000,
         data=dict(
             name="domain_generalization.colored_mnist.full_batch",
-            dataset=dict(name="noise.images", count=8000, size=28, channels=1),
+            dataset=noise(size=28, channels=1, count=8000),
         ),
         network=dict(name="mlp", num_classes=1, hidden=[64, 64]),
         method=method | dict(rescale=True, reset_optimizer=False, l2=1.1e-3, loss="sigmoid"),
@@ -73,7 +73,7 @@ def irm():
 
 def scores():
     """A network for 14×14 images, and what the post-hoc scores are fitted on and score: for `--scores`."""
-    images = dict(name="noise.images", count=10_000, size=14, channels=1)
+    images = noise(size=14, channels=1)
     detection = dict(dataset=images, train=images, ood=dict(others=images | dict(seed=1)))
     return dict(
         batch_size=128,

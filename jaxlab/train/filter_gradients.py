@@ -2,9 +2,9 @@
 
 XLA's CPU backend computes the gradient of a convolution with respect to its kernel as one convolution whose
 window is the whole image: 20 GFLOP/s for 32×32 images of 64 channels, where its forward convolution reaches
-100 and PyTorch's filter gradient 170 (2 cores, jaxlib 0.10.2). Here it becomes matrix products over shifted
-views, a few thousand positions at a time, so that the views stay in the cache. Any network gets it, second
-derivatives and all: the equations are exchanged in the traced program, not in a layer.
+100 and PyTorch's filter gradient 100 to 180 (2 cores, jaxlib 0.10.2). Here it becomes matrix products over
+shifted views, a few thousand positions at a time, so that the views stay in the cache. Any network gets it,
+second derivatives and all: the equations are exchanged in the traced program, not in a layer.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax import lax
 # What reverse mode makes of images NHWC, kernels HWIO: both images' channels stand in place of the batch.
 _DIMENSIONS = lax.ConvDimensionNumbers((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
 # Output positions of one product. Measured for 64 images, 3×3, in ms, with 1,024, 4,096 and 16,384 positions:
-# 91, 61, 85 (32×32×64), 20, 15, 17 (32×32×32), 45, 41, 42 (16×16×128).
+# 91, 61, 85 (32×32×64), 20, 15, 17 (32×32×32); with 256, 1,024 and 4,096: 56, 41, 41 (16×16×128).
 _POSITIONS = 4096
 
 
@@ -67,7 +67,10 @@ def filter_gradient(
 
 
 def _part_of_stride_1(images, cotangents, *, kernel, padding):
-    """Columns are shifted in the cotangents, once for all rows; a product for each row of the kernel."""
+    """`filter_gradient` of some images: a product for each row of the kernel.
+
+    Columns are shifted in the cotangents, once for all rows.
+    """
     height, features, channels = cotangents.shape[1], cotangents.shape[-1], images.shape[-1]
     rows = _pad(images, (padding[0], (0, 0)))
     more = images.shape[2] - cotangents.shape[2]
@@ -79,7 +82,7 @@ def _part_of_stride_1(images, cotangents, *, kernel, padding):
 
 
 def _part(images, cotangents, *, kernel, padding, strides):
-    """A product for each element of the kernel."""
+    """`filter_gradient` of some images: a product for each element of the kernel."""
     images = _pad(images, padding)
     spans = [(size - 1) * stride + 1 for size, stride in zip(cotangents.shape[1:3], strides)]
     products = []
