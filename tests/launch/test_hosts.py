@@ -76,10 +76,10 @@ def test_several_processes_train_to_the_result_of_one(tmp_path, count):
 
 
 LONG = (
-    "--config.steps=3000",
+    "--config.steps=1000",
     "--config.log_every=100",
-    "--config.eval_every=1000",
-    "--config.checkpoint_every=1000",
+    "--config.eval_every=500",
+    "--config.checkpoint_every=200",
 )
 
 
@@ -89,7 +89,7 @@ def test_where_one_process_is_killed_the_others_say_so_and_the_same_command_goes
     config = runs.write_config(tmp_path)
     port = free_port()
     processes = start_processes(count, config, tmp_path / "killed", *LONG, port=port)
-    wait_for(tmp_path / "killed" / "checkpoints" / "1000", processes)
+    wait_for(tmp_path / "killed" / "checkpoints" / "200", processes)
     processes.pop(victim).kill()
     end = time.monotonic() + 60
     for process in processes:
@@ -159,7 +159,7 @@ def test_two_processes_stop_together_on_a_signal_to_one_and_go_on(tmp_path):
     steps = [
         json.loads(line)["step"] for line in runs.lines(tmp_path / "two").splitlines() if '"train"' in line
     ]
-    assert steps == list(range(100, 3001, 100))
+    assert steps == list(range(100, 1001, 100))
 
 
 @pytest.mark.slow
