@@ -24,7 +24,7 @@ test: $(call installed,$(EXTRAS))
 test-all: $(call installed,$(EXTRAS))
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
-# Hours on 2 cores; ARGS="--kills 10 --families lff lp_ft" for less.
+# Three quarters of an hour on 2 cores; ARGS="--kills 10 --families lff lp_ft" for less.
 stress: $(call installed,$(EXTRAS))
 	.venv/bin/python -m tests.stress $(ARGS)
 

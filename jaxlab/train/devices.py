@@ -11,9 +11,9 @@ import chex
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlab.core import UserError
+from jaxlab.core import Batch, UserError
 from jaxlab.train.lost_hosts import relay_stderr
 
 SEED, DATA = "seed", "data"
@@ -169,30 +169,53 @@ class Layout(NamedTuple):
     """How a program with a leading seed axis is laid over devices.
 
     Attributes:
-      compile: `compile(function, in_axes, donate)` compiles a function of arguments that have a seed axis
-        (in_axes 0) or not (None), and returns results that have one.
+      compile: `compile(function, in_axes, donate)` compiles a function of those seeds that share a place of
+        the mesh. Its arguments have a seed axis (in_axes 0) or not (None); all its results have one.
+      tracing: the context for what is traced before, as a part of such a function.
+      split: a batch, in such a function, as it is split over the devices of a seed.
       scatter: from arrays with leading axis [seeds] to how the compiled functions hold them.
       gather: the inverse.
       replicate: arrays without a seed axis to every device.
     """
 
     compile: Callable[[Callable, Sequence[int | None], tuple[int, ...]], Callable]
+    tracing: Callable[[], contextlib.AbstractContextManager]
+    split: Callable[[Batch], Batch]
     scatter: Callable[[chex.ArrayTree], chex.ArrayTree]
     gather: Callable[[chex.ArrayTree], chex.ArrayTree]
     replicate: Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
 def mesh_layout(mesh: Mesh) -> Layout:
-    """`jit` with `NamedSharding` over both axes; the compiler splits the program."""
+    """`jit` over both axes: `shard_map` over the seeds, and the compiler splits what each of them computes.
+
+    Left to the compiler too, the convolutions of seeds on different devices would be a grouped one: with
+    one seed on each of 2 CPU devices, a step of ResNet-20 took 17 s in place of 2.4.
+    """
+    seed, whole = PartitionSpec(SEED), PartitionSpec()
+    by_seed = mesh.abstract_mesh.update_axis_types({SEED: AxisType.Manual})
 
     def compile_function(
         function: Callable, in_axes: Sequence[int | None], donate: tuple[int, ...]
     ) -> Callable:
-        del in_axes  # the arguments say where they lie
-        return jax.jit(function, donate_argnums=donate, out_shardings=over_seeds(mesh))
+        mapped = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=tuple(whole if axis is None else seed for axis in in_axes),
+            out_specs=seed,
+            axis_names={SEED},
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donate, out_shardings=over_seeds(mesh))
+
+    def split(batch: Batch) -> Batch:
+        specs = jax.tree.map(lambda sharding: sharding.spec, batch_shardings(batch, mesh))
+        return jax.lax.with_sharding_constraint(batch, specs)
 
     return Layout(
         compile_function,
+        tracing=lambda: jax.sharding.use_abstract_mesh(by_seed),
+        split=split,
         scatter=lambda tree: put(tree, over_seeds(mesh)),
         gather=lambda tree: tree,
         replicate=lambda tree: put(tree, replicated(mesh)),
@@ -220,6 +243,8 @@ def pmap_layout(mesh: Mesh) -> Layout:
 
     return Layout(
         compile_function,
+        tracing=contextlib.nullcontext,
+        split=lambda batch: batch,
         scatter=lambda tree: put(split(tree), over_seeds(mesh)),
         gather=jax.jit(join, out_shardings=over_seeds(mesh)),
         replicate=lambda tree: put(tree, replicated(mesh)),

@@ -127,7 +127,6 @@ def make_program(
     one_handed_over = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), handed_over)
     _, metrics = check_fit(make_method, stream, one_handed_over)
     layout = devices.pmap_layout(mesh) if backend == "pmap" else devices.mesh_layout(mesh)
-    spmd_axis_name = devices.SEED if backend == "mesh" else None
 
     def init_replica(keys: Keys, handed_over: Any, batch: Batch | None) -> Replica:
         batch = stream.batch(0, keys.data) if batch is None else batch
@@ -140,9 +139,7 @@ def make_program(
 
     def train_step(replica: Replica, step: jax.Array, keys: Keys, batch: Batch | None) -> Replica:
         if batch is None:
-            batch = stream.batch(step, keys.data)
-            if backend == "mesh":
-                batch = jax.lax.with_sharding_constraint(batch, devices.batch_shardings(batch, mesh))
+            batch = layout.split(stream.batch(step, keys.data))
         key = jax.random.fold_in(keys.update, step)
         state, metrics = method.update(replica.state, batch, key)
         metric_sums, bad_step = {}, {}
@@ -166,20 +163,21 @@ def make_program(
     def host_batches(start: int, stop: int) -> Iterator[Batch | None]:
         return _read_ahead(host_batch, range(start, stop))
 
-    # What one device of a pmap, or the whole mesh, is given.
-    block = seeds // mesh.shape[devices.SEED] if backend == "pmap" else seeds
-    keys_block, handed_block, batch_block = jax.tree.map(
-        lambda x: x[:block], (keys, handed_over, layout.gather(host_batch(0)))
+    # What is given to one place of the mesh's seed axis.
+    block = seeds // mesh.shape[devices.SEED]
+    keys_block, handed_block, batch_block = jax.eval_shape(
+        lambda tree: jax.tree.map(lambda x: x[:block], tree),
+        (keys, handed_over, layout.gather(host_batch(0))),
     )
-    all_init = jax.vmap(init_replica, spmd_axis_name=spmd_axis_name)
+    all_init = jax.vmap(init_replica)
     replicas = jax.eval_shape(all_init, keys_block, handed_block, batch_block)
-    initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
-
     one_replica, one_keys, one_batch = jax.tree.map(
         lambda x: jax.eval_shape(lambda x: x[0], x), (replicas, keys_block, batch_block)
     )
     one_example = (one_replica, jnp.int32(0), one_keys, one_batch)
-    convolves, largest_product = _work(train_step, *one_example)
+    with layout.tracing():
+        initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
+        convolves, largest_product = _work(train_step, *one_example)
     on_cpu = jax.default_backend() == "cpu"
     # XLA's CPU loops lose the fast convolution kernels. Measured with jaxlib 0.10.2 on 2 cores, a 3×3
     # convolution of 64×14×14×16 images and its filter gradient: 9.5 ms as one call, 172 ms in `fori_loop`,
@@ -187,18 +185,16 @@ def make_program(
     fused = stream.on_device and not (on_cpu and convolves)
     # Whether the seeds take turns in place of a `vmap`. One alone does: on a CPU a batch axis of size 1
     # slows matrix products by a third. So do those that convolve there: `vmap` makes grouped convolutions.
-    seeds_in_one_place = backend == "pmap" or mesh.shape[devices.SEED] == 1
-    in_turn = seeds_in_one_place and (
-        block == 1 or (on_cpu and (convolves or largest_product > LARGE_PRODUCT))
-    )
+    in_turn = block == 1 or (on_cpu and (convolves or largest_product > LARGE_PRODUCT))
+    # Not where a batch is split: the products go through it part by part.
+    exchange = in_turn and on_cpu and mesh.shape[devices.DATA] == 1
     if in_turn:
-        # Not where a batch is split: the products go through it part by part.
-        exchange = on_cpu and mesh.shape[devices.DATA] == 1
-        one_step, step_constants = _hoist_constants(train_step, *one_example, fast_filter_gradients=exchange)
+        step, example = train_step, one_example
     else:
-        all_step = jax.vmap(train_step, in_axes=(0, None, 0, 0), spmd_axis_name=spmd_axis_name)
-        step_example = (replicas, jnp.int32(0), keys_block, batch_block)
-        one_step, step_constants = _hoist_constants(all_step, *step_example)
+        step = jax.vmap(train_step, in_axes=(0, None, 0, 0))
+        example = (replicas, jnp.int32(0), keys_block, batch_block)
+    with layout.tracing():
+        one_step, step_constants = _hoist_constants(step, *example, fast_filter_gradients=exchange)
 
     def many_steps(constants, replicas, step, num_steps, keys, batch):
         def steps_of(replica, keys, batch):

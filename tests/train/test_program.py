@@ -79,10 +79,10 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(replicas))
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_a_call_writes_the_state_where_it_was(seeds):
+@pytest.mark.parametrize(("seeds", "mesh"), [(1, (1, 1)), (2, (1, 1)), (2, (2, 2))])
+def test_a_call_writes_the_state_where_it_was(seeds, mesh):
     """Whatever is donated and yet not written over is a copy of the state for every call."""
-    program = make(seeds=seeds)
+    program = make(seeds=seeds, mesh=mesh)
     replicas, done = program.call(program.init(), 0, 2, None)
     before = buffers(replicas)
     replicas, done = program.call(replicas, 2, 2, None)
@@ -91,7 +91,8 @@ def test_a_call_writes_the_state_where_it_was(seeds):
 
 
 def buffers(replicas):
-    return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(replicas)}
+    parts = (part.data for x in jax.tree.leaves(replicas) for part in x.addressable_shards)
+    return {part.unsafe_buffer_pointer() for part in parts}
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv_net"])
@@ -151,11 +152,24 @@ def test_steps_with_convolutions_compile_once_and_have_fast_filter_gradients():
 
 def conv_windows(program):
     """The largest window of a convolution in a call."""
+    return max(equation.invars[1].aval.size for equation in convolutions(program))
+
+
+def convolutions(program):
     closed = jax.make_jaxpr(lambda replicas: program.call(replicas, 0, 1, None))(program.init())
-    windows = [
-        e.invars[1].aval.size for e in _equations(closed.jaxpr) if e.primitive.name == "conv_general_dilated"
-    ]
-    return max(windows)
+    return [e for e in _equations(closed.jaxpr) if e.primitive.name == "conv_general_dilated"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_the_convolutions_of_seeds_are_not_grouped(mesh):
+    """On different devices nowhere, in one place not on CPUs: grouped, they are several times slower there."""
+    if mesh == (1, 1) and jax.default_backend() != "cpu":
+        pytest.skip("needs a CPU")
+    program = make(network="conv_net", mesh=mesh)
+    assert {
+        e.params["feature_group_count"] * e.params["batch_group_count"] for e in convolutions(program)
+    } == {1}
+    assert_close(run(program), run(make(network="conv_net")))
 
 
 def test_convolutions_are_not_fused_in_a_loop_on_a_cpu():
