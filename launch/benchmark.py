@@ -187,6 +187,7 @@ def measure(
 def serve() -> None:
     """The process of our program: builds the task's config, then runs steps or the matrix product."""
     task, reply = read_task()
+    devices.spread_over_cores(task["config"]["seeds"])
     try:
         parts = experiment.build_parts(task["config"], task["stage"])
         mesh = experiment.build_mesh(parts.settings)

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     config = experiment.load_config(arguments.config, cli.overrides(rest))
     cli.set_up_jax()
+    stages = configs.stage_configs(config) or {"": config}
+    devices.spread_over_cores(max(stage["seeds"] for stage in stages.values()))
     try:
         run(config, Path(arguments.workdir))
     except Interrupted as stop:

@@ -140,6 +140,7 @@ def attack(family, where, kills, rng, folder, tell):
 
 def start(config, workdir):
     environment = runs.environment(
+        devices=None,
         PYTHONUNBUFFERED="1",  # or lines that a killed run has written would be lost
         JAX_COMPILATION_CACHE_DIR=f"{workdir}.compiled",  # its own: kills come while it is filled too
     )

@@ -86,15 +86,45 @@ def _tells_of_another_host(error: BaseException | None) -> bool:
     )
 
 
+def spread_over_cores(seeds: int) -> None:
+    """Makes devices of a CPU's cores, over which `make_mesh` spreads so many seeds; other platforms stay.
+
+    To be called before JAX computes anything. Where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many devices a
+    CPU is, that is left alone, and on several hosts too.
+
+    Seeds on a core each need not wait for each other's small operations. Measured with jaxlib 0.10.2 on two
+    hyper-threads, ms a step of all seeds on one device and on two: learning from failure, 8 seeds, 6.7 to 9.8
+    and 3.9 to 5.2 (digits), 61 to 68 and 55 to 57 (28×28); ResNet-20, 2 seeds, 1,451 to 1,537 and 1,140 to
+    1,234.
+    """
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # JAX has computed something, in a notebook perhaps
+        jax.config.update("jax_num_cpu_devices", _largest_divisor(seeds, cores))
+
+
+def _devices_are_cores() -> bool:
+    return jax.default_backend() == "cpu" and jax.config.jax_num_cpu_devices > 0
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
+
+
 def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int, place: str = "config") -> Mesh:
     """Lays the devices out as `seed` × `data`; -1 for one of them means all that are left.
 
-    `place` is where in the config the settings stand, for messages.
+    The default, 1 × -1, spreads seeds where the devices are a CPU's cores (see `spread_over_cores`): they are
+    slower where they share a batch. `place` is where in the config the settings stand, for messages.
 
     Raises:
       UserError: too few devices, or `seeds` or `batch_size` is not a multiple of its axis.
     """
     available = jax.device_count()
+    if (seed, data) == (1, -1) and _devices_are_cores():
+        seed, data = _largest_divisor(seeds, available), 1
     if seed == -1:
         seed = max(1, available // max(data, 1))
     if data == -1:
@@ -116,6 +146,15 @@ def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int, place: str =
         )
     devices = np.asarray(jax.devices()[: seed * data]).reshape(seed, data)
     return Mesh(devices, (SEED, DATA))
+
+
+def evaluation_mesh(mesh: Mesh) -> Mesh:
+    """A run's devices as evaluations use them: all split a batch, or one of a CPU's cores has it.
+
+    That one computes with the threads of all.
+    """
+    every = mesh.devices.reshape(1, -1)
+    return Mesh(every[:, :1] if _devices_are_cores() else every, (SEED, DATA))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

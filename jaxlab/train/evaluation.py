@@ -1,5 +1,6 @@
 """Every evaluator on every replica, summarised over the seeds."""
 
+import functools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,14 +28,16 @@ def make_evaluate(
 ) -> Callable[[State], dict[str, Summary]]:
     """Returns `evaluate(states) -> {"<evaluator>/<metric>": Summary}`, for states with leading axis [seeds].
 
-    A replica is on every device while it is evaluated, and its batches are split over them; in a run of
-    several hosts all of them go through the same evaluation and get the same figures. Evaluators are given
-    one and the same `predict` for all seeds and evaluations, so that what they compile is compiled once.
+    A replica is on every device of `devices.evaluation_mesh` while it is evaluated, and its batches are split
+    over them; in a run of several hosts all of them go through the same evaluation and get the same figures.
+    Evaluators are given one and the same `predict` for all seeds and evaluations, so that what they compile
+    is compiled once.
 
     Raises:
       UserError: an evaluator failed, or gave other metrics for one seed than for another.
     """
-    everywhere = devices.replicated(mesh)
+    evaluation = devices.evaluation_mesh(mesh)
+    everywhere = devices.replicated(evaluation)
 
     @jax.jit
     def compiled_predict(state: State, batch: Batch) -> Outputs:
@@ -43,9 +46,11 @@ def make_evaluate(
     def predict_split(state: State, batch: Batch) -> Outputs:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, batch))):
             return compiled_predict(state, batch)  # within what an evaluator compiles itself
-        return compiled_predict(state, devices.put(batch, devices.batch_shardings(batch, mesh)))
+        return compiled_predict(state, devices.put(batch, devices.batch_shardings(batch, evaluation)))
 
-    pick = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree), out_shardings=everywhere)
+    @functools.partial(jax.jit, out_shardings=devices.replicated(mesh))
+    def pick(states: State, i: int) -> State:
+        return jax.tree.map(lambda x: x[i], states)
 
     def measure(name: str, evaluator: Evaluator, state: State) -> dict[str, Any]:
         try:
@@ -59,7 +64,7 @@ def make_evaluate(
         seeds = jax.tree.leaves(states)[0].shape[0]
         collected: dict[str, list[Any]] = {}
         for i in range(seeds):
-            state = pick(states, i)
+            state = devices.put(pick(states, i), everywhere)
             for name, evaluator in evaluators.items():
                 for metric, value in measure(name, evaluator, state).items():
                     collected.setdefault(f"{name}/{metric}", []).append(np.asarray(value, np.float64))

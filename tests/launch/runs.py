@@ -59,13 +59,9 @@ def command(config, workdir, *overrides):
 
 
 def environment(devices=1, **more):
-    """For a process of its own, with so many virtual devices."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        **more,
-    }
+    """For a process of its own, with so many virtual devices, or (None) with those that a user has."""
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices else ""
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
 
 
 def start(config, workdir, *overrides, env=None):

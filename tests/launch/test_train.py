@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,22 @@ def test_a_run_leaves_every_file_it_promises(finished):
 
 def test_the_toy_problem_is_learnt(finished):
     assert min(json.loads(runs.result(finished[1]))["evals"]["test/accuracy"]["values"]) > 0.9
+
+
+def test_on_a_cpu_the_default_spreads_seeds_over_the_cores(finished, tmp_path):
+    config, on_one_device = finished
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment = runs.environment(devices=None, JAX_PLATFORMS="cpu")
+    process = runs.start(config, tmp_path, "--config.devices.data=-1", env=environment)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    result = json.loads(runs.result(tmp_path))
+    assert result["environment"]["device_count"] == min(2, cores)
+    states = [runs.final_state(workdir) for workdir in (tmp_path, on_one_device)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *states)
+    assert (
+        result["evals"]["test/accuracy"] == json.loads(runs.result(on_one_device))["evals"]["test/accuracy"]
+    )
 
 
 def test_a_finished_run_prints_its_result_and_changes_nothing(finished, capsys):

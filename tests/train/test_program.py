@@ -14,6 +14,7 @@ from jaxlab.core import Method, Stream, UserError
 from jaxlab.train import devices, loop
 from jaxlab.train import program as train_program
 from jaxlab.train.checkpoints import Checkpoints
+from jaxlab.train.evaluation import make_evaluate
 from jaxlab.train.loop import _has_nan
 from jaxlab.train.program import _equations, _hoist_constants, _work, check_fit, replica_keys
 from tests import toy
@@ -275,6 +276,41 @@ def test_environment_batches_split_over_devices_equal_one_device():
 def test_devices_that_do_not_divide_the_work_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         devices.make_mesh(**arguments)
+
+
+@pytest.mark.parametrize(("seeds", "of_cores"), [(1, (1, 1)), (6, (6, 1)), (9, (3, 1))])
+def test_the_default_spreads_seeds_over_the_cores_of_a_cpu_and_batches_over_devices(
+    seeds, of_cores, monkeypatch
+):
+    default = devices.make_mesh(1, -1, seeds=seeds, batch_size=16)
+    assert default.devices.shape == devices.evaluation_mesh(default).devices.shape == (1, 8)
+    monkeypatch.setattr(devices, "_devices_are_cores", lambda: True)
+    spread = devices.make_mesh(1, -1, seeds=seeds, batch_size=16)
+    assert spread.devices.shape == of_cores
+    assert devices.evaluation_mesh(spread).devices.shape == (1, 1)
+
+
+def test_evaluations_split_batches_over_the_devices_of_all_seeds():
+    """And give the figures of one device, for states that lie on the devices of their seeds."""
+
+    def evaluate(seed, data):
+        images = []
+
+        def predict(state, batch):
+            image = batch["image"]
+            jax.debug.inspect_array_sharding(
+                image, callback=lambda s: images.append(s.shard_shape(image.shape))
+            )
+            return {"logits": image.sum((1, 2)) * jnp.stack(state)}
+
+        mesh = devices.make_mesh(seed, data, seeds=4, batch_size=16)
+        states = devices.put((jnp.arange(4.0), jnp.arange(4.0) - 1), devices.over_seeds(mesh))
+        figures = make_evaluate(predict, {"test": toy.accuracy(count=64)}, mesh)(states)
+        return images[0][0], figures
+
+    one, eight = evaluate(1, 1), evaluate(4, 2)
+    assert (one[0], eight[0]) == (64, 8)
+    assert_close(eight[1], one[1])
 
 
 def test_pmap_refuses_a_data_axis():
