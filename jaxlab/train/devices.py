@@ -210,7 +210,6 @@ class Layout(NamedTuple):
     Attributes:
       compile: `compile(function, in_axes, donate)` compiles a function of those seeds that share a place of
         the mesh. Its arguments have a seed axis (in_axes 0) or not (None); all its results have one.
-      tracing: the context for what is traced before, as a part of such a function.
       split: a batch, in such a function, as it is split over the devices of a seed.
       scatter: from arrays with leading axis [seeds] to how the compiled functions hold them.
       gather: the inverse.
@@ -218,7 +217,6 @@ class Layout(NamedTuple):
     """
 
     compile: Callable[[Callable, Sequence[int | None], tuple[int, ...]], Callable]
-    tracing: Callable[[], contextlib.AbstractContextManager]
     split: Callable[[Batch], Batch]
     scatter: Callable[[chex.ArrayTree], chex.ArrayTree]
     gather: Callable[[chex.ArrayTree], chex.ArrayTree]
@@ -248,12 +246,12 @@ def mesh_layout(mesh: Mesh) -> Layout:
         return jax.jit(mapped, donate_argnums=donate, out_shardings=over_seeds(mesh))
 
     def split(batch: Batch) -> Batch:
-        specs = jax.tree.map(lambda sharding: sharding.spec, batch_shardings(batch, mesh))
-        return jax.lax.with_sharding_constraint(batch, specs)
+        shardings = batch_shardings(batch, mesh)
+        within = jax.tree.map(lambda sharding: NamedSharding(by_seed, sharding.spec), shardings)
+        return jax.lax.with_sharding_constraint(batch, within)
 
     return Layout(
         compile_function,
-        tracing=lambda: jax.sharding.use_abstract_mesh(by_seed),
         split=split,
         scatter=lambda tree: put(tree, over_seeds(mesh)),
         gather=lambda tree: tree,
@@ -282,7 +280,6 @@ def pmap_layout(mesh: Mesh) -> Layout:
 
     return Layout(
         compile_function,
-        tracing=contextlib.nullcontext,
         split=lambda batch: batch,
         scatter=lambda tree: put(split(tree), over_seeds(mesh)),
         gather=jax.jit(join, out_shardings=over_seeds(mesh)),

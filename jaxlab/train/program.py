@@ -175,9 +175,8 @@ def make_program(
         lambda x: jax.eval_shape(lambda x: x[0], x), (replicas, keys_block, batch_block)
     )
     one_example = (one_replica, jnp.int32(0), one_keys, one_batch)
-    with layout.tracing():
-        initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
-        convolves, largest_product = _work(train_step, *one_example)
+    initial, init_constants = _hoist_constants(all_init, keys_block, handed_block, batch_block)
+    convolves, largest_product = _work(train_step, *one_example)
     on_cpu = jax.default_backend() == "cpu"
     # XLA's CPU loops lose the fast convolution kernels. Measured with jaxlib 0.10.2 on 2 cores, a 3×3
     # convolution of 64×14×14×16 images and its filter gradient: 9.5 ms as one call, 172 ms in `fori_loop`,
@@ -193,8 +192,7 @@ def make_program(
     else:
         step = jax.vmap(train_step, in_axes=(0, None, 0, 0))
         example = (replicas, jnp.int32(0), keys_block, batch_block)
-    with layout.tracing():
-        one_step, step_constants = _hoist_constants(step, *example, fast_filter_gradients=exchange)
+    one_step, step_constants = _hoist_constants(step, *example, fast_filter_gradients=exchange)
 
     def many_steps(constants, replicas, step, num_steps, keys, batch):
         def steps_of(replica, keys, batch):
