@@ -106,7 +106,8 @@ def spread_over_cores(seeds: int) -> None:
 
 
 def _devices_are_cores() -> bool:
-    return jax.default_backend() == "cpu" and jax.config.jax_num_cpu_devices > 0
+    one_host = jax.process_count() == 1
+    return one_host and jax.default_backend() == "cpu" and jax.config.jax_num_cpu_devices > 0
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -272,7 +273,7 @@ def pmap_layout(mesh: Mesh) -> Layout:
     ) -> Callable:
         return jax.pmap(function, in_axes=tuple(in_axes), donate_argnums=donate, devices=devices)
 
-    def split(tree: chex.ArrayTree) -> chex.ArrayTree:
+    def by_device(tree: chex.ArrayTree) -> chex.ArrayTree:
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), tree)
 
     def join(tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -281,7 +282,7 @@ def pmap_layout(mesh: Mesh) -> Layout:
     return Layout(
         compile_function,
         split=lambda batch: batch,
-        scatter=lambda tree: put(split(tree), over_seeds(mesh)),
+        scatter=lambda tree: put(by_device(tree), over_seeds(mesh)),
         gather=jax.jit(join, out_shardings=over_seeds(mesh)),
         replicate=lambda tree: put(tree, replicated(mesh)),
     )
