@@ -39,7 +39,7 @@ standard = $(addprefix configs/speed/standard.py:,lff lff,8 lff_digits lff_digit
 BENCHMARKS ?= $(standard)
 SCORES ?= configs/speed/standard.py:scores
 
-# About 25 minutes on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
+# About 20 minutes on 2 cores. BENCHMARKS=configs/problem/name.py for another set; SCORES= without scores.
 bench: $(call installed,torch)
 	mkdir -p runs
 	.venv/bin/python -m launch.benchmark $(BENCHMARKS) --against both --out runs/benchmark.json $(ARGS)
