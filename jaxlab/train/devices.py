@@ -102,7 +102,7 @@ def spread_over_cores(seeds: int) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # JAX has computed something, in a notebook perhaps
-        jax.config.update("jax_num_cpu_devices", _largest_divisor(seeds, cores))
+        jax.config.update("jax_num_cpu_devices", largest_divisor(seeds, cores))
 
 
 def _devices_are_cores() -> bool:
@@ -110,7 +110,8 @@ def _devices_are_cores() -> bool:
     return one_host and jax.default_backend() == "cpu" and jax.config.jax_num_cpu_devices > 0
 
 
-def _largest_divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
+    """Into how many equal parts, at most so many, a number of things can be split."""
     return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
@@ -125,7 +126,7 @@ def make_mesh(seed: int, data: int, *, seeds: int, batch_size: int, place: str =
     """
     available = jax.device_count()
     if (seed, data) == (1, -1) and _devices_are_cores():
-        seed, data = _largest_divisor(seeds, available), 1
+        seed, data = largest_divisor(seeds, available), 1
     if seed == -1:
         seed = max(1, available // max(data, 1))
     if data == -1:

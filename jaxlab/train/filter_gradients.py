@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlab.train.devices import largest_divisor
+
 # What reverse mode makes of images NHWC, kernels HWIO: both images' channels stand in place of the batch.
 _DIMENSIONS = lax.ConvDimensionNumbers((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
 # Output positions of one product. Measured for 64 images, 3×3, in ms, with 1,024, 4,096 and 16,384 positions:
@@ -54,8 +56,7 @@ def filter_gradient(
       [*kernel, C, F].
     """
     batch, height, width = cotangents.shape[:3]
-    most = max(1, _POSITIONS // (height * width))
-    count = max(divisor for divisor in range(1, min(most, batch) + 1) if batch % divisor == 0)
+    count = largest_divisor(batch, max(1, _POSITIONS // (height * width)))
     part = _part_of_stride_1 if strides == (1, 1) else functools.partial(_part, strides=strides)
 
     def add_part(total: jax.Array, part_of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -188,11 +188,11 @@ def make_program(
     # Not where a batch is split: the products go through it part by part.
     exchange = in_turn and on_cpu and mesh.shape[devices.DATA] == 1
     if in_turn:
-        step, example = train_step, one_example
+        function, example = train_step, one_example
     else:
-        step = jax.vmap(train_step, in_axes=(0, None, 0, 0))
+        function = jax.vmap(train_step, in_axes=(0, None, 0, 0))
         example = (replicas, jnp.int32(0), keys_block, batch_block)
-    one_step, step_constants = _hoist_constants(step, *example, fast_filter_gradients=exchange)
+    one_step, step_constants = _hoist_constants(function, *example, fast_filter_gradients=exchange)
 
     def many_steps(constants, replicas, step, num_steps, keys, batch):
         def steps_of(replica, keys, batch):
